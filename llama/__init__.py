@@ -1,0 +1,1 @@
+"""LLaMA pretraining from raw text to a trained, measured and exported model (arXiv 2302.13971)."""

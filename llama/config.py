@@ -1,0 +1,474 @@
+"""The configuration of a run: dataclasses, YAML files and dotted overrides.
+
+`torchrun train.py --config configs/llama_7b.yaml --optim.lr 1e-4`: several `--config` are applied in
+order, then the options. Unknown keys fail with a suggestion. What a run used is saved as
+`runs/<name>/config.yaml`, with the mixture's weights written in, and reruns it exactly.
+"""
+
+import math
+import re
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse.typing import register_type
+
+from llama import cli
+from llama.cli import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class Count(int):
+    """A whole number that may be written 4M, 1.4T or 1.4e12."""
+
+
+register_type(Count, serializer=int, deserializer=lambda value: Count(cli.count(value)))
+
+
+@dataclass
+class ModelConfig:
+    """The decoder (paper §2.2, Table 2).
+
+    Args:
+        dim: Width of the residual stream, C.
+        n_layers: Number of blocks.
+        n_heads: Number of query heads, H; the head size D is dim / n_heads.
+        n_kv_heads: Number of key/value heads, K; null for as many as query heads.
+        vocab_size: Size of the vocabulary, V; null for what the token shards say.
+        ffn_dim: Feed-forward width, F; null for 2/3 of 4 dim, rounded up to 256.
+        norm_eps: Added to the mean square inside RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: {type: linear, factor: f} or Llama 3's {type: llama3, factor: f,
+            low_freq_factor: a, high_freq_factor: b, original_max_position_embeddings: n}.
+    """
+
+    dim: int = 192
+    n_layers: int = 4
+    n_heads: int = 6
+    n_kv_heads: int | None = None
+    vocab_size: int | None = None
+    ffn_dim: int | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, str | float] | None = None
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """F: 2/3 of 4 dim as in the paper (§2.2), up to the next multiple of 256."""
+        return self.ffn_dim or 256 * math.ceil(int(8 * self.dim / 3) / 256)
+
+
+@dataclass
+class DataConfig:
+    """What is trained on.
+
+    Args:
+        path: Folder of token shards, <source>/{train,valid}/.
+        mixture: YAML file of source: weight (by tokens, summing to 1), or those weights.
+        seq_len: Tokens per window, T.
+        attend_across_documents: Whether attention crosses document borders, as in the paper.
+        boundary_loss: Whether the first token of a document is predicted from the one before it.
+    """
+
+    path: str = "data/quickstart/tokens"
+    mixture: dict[str, float] | str = "mixtures/quickstart.yaml"
+    seq_len: int = 256
+    attend_across_documents: bool = True
+    boundary_loss: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """How much is trained, in which pieces.
+
+    Args:
+        tokens: Tokens of the whole run; steps follow from it, rounded up.
+        batch_tokens: Tokens per step over all processes.
+        batch_ramp: Smaller batches to begin with, as [[tokens per step, steps], ...].
+        micro_batch: Windows per forward pass and process; auto takes what is known to fit.
+        dtype: Of the forward and backward pass; master weights and reductions are float32.
+        compile: torch.compile per block; auto compiles on GPUs.
+        init_from: Weights to start from (a run, a checkpoint), with a fresh optimizer.
+    """
+
+    tokens: Count = Count(1_000_000)
+    batch_tokens: Count = Count(8192)
+    batch_ramp: list[tuple[Count, int]] = field(default_factory=list)
+    micro_batch: int | Literal["auto"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+    init_from: str | None = None
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule (paper §2.3).
+
+    Args:
+        name: The optimizer.
+        lr: Highest learning rate.
+        schedule: Shape after the warm-up; wsd holds lr and decays linearly at the end.
+        min_lr_ratio: Learning rate of the last step, as a share of lr.
+        warmup_steps: Steps of linear warm-up.
+        decay_ratio: Share of the steps in which wsd decays.
+        betas: Decay of the two moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay of all matrices, embeddings included.
+        clip: Largest norm of the global gradient.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 1e-3
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    min_lr_ratio: float = 0.1
+    warmup_steps: int = 50
+    decay_ratio: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over processes; one of them may be -1 for the rest of the world.
+
+    Args:
+        replicate: Copies of the sharded model.
+        shard: Processes that share one copy (FSDP).
+        tensor: Processes that share each matrix (tensor and sequence parallel).
+        context: Processes that share each sequence.
+        recompute: What the backward pass computes again instead of keeping.
+    """
+
+    replicate: int = 1
+    shard: int = -1
+    tensor: int = 1
+    context: int = 1
+    recompute: Literal["none", "full"] = "none"
+
+
+@dataclass
+class KernelsConfig:
+    """Which implementations run.
+
+    Args:
+        attention: Backend of causal attention.
+    """
+
+    attention: Literal["auto", "sdpa", "reference"] = "auto"
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved and what it resumes from.
+
+    Args:
+        every: Steps between checkpoints.
+        keep: Newest checkpoints that are kept.
+        resume: auto takes the newest valid one of the run, never starts a new run only.
+        accept_changes: Go on although the configuration changed; the differences are printed.
+    """
+
+    every: int = 100
+    keep: int = 2
+    resume: Literal["auto", "never"] = "auto"
+    accept_changes: bool = False
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on held-out documents, per source.
+
+    Args:
+        every: Steps between validations; 0 for none.
+        tokens: Tokens per validation over all sources.
+    """
+
+    every: int = 50
+    tokens: Count = Count(65536)
+
+
+@dataclass
+class LogConfig:
+    """Where numbers go besides metrics.jsonl.
+
+    Args:
+        every: Steps between log lines.
+        wandb: Weights & Biases mode.
+        tensorboard: Write TensorBoard events into the run folder.
+    """
+
+    every: int = 10
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    tensorboard: bool = False
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Args:
+        name: The run's folder under runs/.
+        seed: Seed of the initial weights and of the data order.
+    """
+
+    name: str = "quickstart"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# Keys under which a run may be continued with other values without asking: they change neither the
+# model nor the data order nor the optimizer's path.
+FREE_KEYS = (
+    "log.",
+    "validation.",
+    "checkpoint.",
+    "parallel.",
+    "kernels.",
+    "train.micro_batch",
+    "train.compile",
+    "data.path",
+)
+
+
+def parser(prog: str = "python train.py") -> cli.Parser:
+    """The parser of every command that takes a run's configuration."""
+    p = cli.parser(prog, "Configuration of a run; every key can be given as an option.")
+    p.add_argument("--config", action="config", help="A YAML file; several are applied in order.")
+    defaults = Config()
+    for part in fields(Config):
+        value = getattr(defaults, part.name)
+        p.add_argument(f"--{part.name}", type=part.type, default=value)  # type: ignore[arg-type]
+    return p
+
+
+def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
+    """Configuration of a command line; without `--config` the quickstart's.
+
+    Raises `UserError` naming the key and the value for anything that cannot be trained.
+    """
+    argv = list(argv)
+    files = [value for _, value in _options(argv, "--config")]
+    if not files and (default := CONFIGS / "quickstart.yaml").exists():
+        files, argv = [str(default)], ["--config", str(default), *argv]
+    for path in files:
+        _check_yaml(path)
+    p = p or parser()
+    values = p.instantiate(p.parse_args(argv))
+    cfg = Config(**{part.name: getattr(values, part.name) for part in fields(Config)})
+    if isinstance(cfg.data.mixture, str):
+        cfg.data.mixture = read_mixture(_beside(cfg.data.mixture, argv, files))
+    check(cfg)
+    return cfg
+
+
+def _options(argv: Sequence[str], name: str) -> list[tuple[int, str]]:
+    """(position, value) of every `--name value` and `--name=value`."""
+    found = []
+    for i, arg in enumerate(argv):
+        if arg == name and i + 1 < len(argv):
+            found.append((i, argv[i + 1]))
+        elif arg.startswith(name + "="):
+            found.append((i, arg.partition("=")[2]))
+    return found
+
+
+def _beside(path: str, argv: Sequence[str], files: Sequence[str]) -> Path:
+    """A file named in a YAML lies beside that YAML; one named in an option, in the working folder."""
+    if not _options(argv, "--data.mixture"):
+        for file in reversed(files):
+            named = (yaml.safe_load(Path(file).read_text()) or {}).get("data") or {}
+            if named.get("mixture") == path:
+                return Path(file).parent / path
+        if not Path(path).exists():
+            return CONFIGS / path
+    return Path(path)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error instead of a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{self.name}:{line} gives the key {key!r} twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _check_yaml(path: str | Path) -> Any:
+    try:
+        with open(path) as file:
+            value = yaml.load(file, _StrictLoader)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise UserError(f"{path} is not readable YAML: {reason}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no keys: expected lines such as `name: value`")
+    return value
+
+
+def read_mixture(path: str | Path) -> dict[str, float]:
+    """Weights of a mixture file, `source: weight` per line.
+
+    Raises `UserError` for weights that are no numbers, not positive, or do not sum to 1.
+    """
+    return check_weights(_check_yaml(path), str(path))
+
+
+def check_weights(weights: dict[str, Any], where: str) -> dict[str, float]:
+    """Weights by source name, each positive, summing to 1 within 1e-6."""
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise UserError(f"{where}: the weight of {name} is {weight!r}, expected a number > 0")
+    total = math.fsum(weights.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"{where}: the weights sum to {total:.6g}, expected 1")
+    return {str(name): float(weight) for name, weight in weights.items()}
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Nested plain values, as they are written to YAML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return int(value) if isinstance(value, Count) else value
+
+    return {key: plain(value) for key, value in asdict(cfg).items()}
+
+
+def to_yaml(cfg: Config) -> str:
+    """The configuration as a YAML file that `load` reads back to the same values."""
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=100)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines `key: old -> new` for every value that differs between two nested configurations."""
+    lines: list[str] = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a} -> {b}")
+    return lines
+
+
+def total_steps(cfg: TrainConfig) -> int:
+    """Steps of the whole run: the ramp's, then full batches until `tokens` are reached."""
+    left, steps = int(cfg.tokens), 0
+    for batch, ramp_steps in cfg.batch_ramp:
+        taken = min(ramp_steps, math.ceil(left / batch))
+        left, steps = left - taken * batch, steps + taken
+        if left <= 0:
+            return steps
+    return steps + math.ceil(left / cfg.batch_tokens)
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that cannot be trained, each with its key, value and what would do."""
+    m, d, t = cfg.model, cfg.data, cfg.train
+    positive: dict[str, float | None] = {
+        "model.dim": m.dim,
+        "model.n_layers": m.n_layers,
+        "model.n_heads": m.n_heads,
+        "model.n_kv_heads": m.n_kv_heads,
+        "model.vocab_size": m.vocab_size,
+        "model.ffn_dim": m.ffn_dim,
+        "model.norm_eps": m.norm_eps,
+        "model.rope_theta": m.rope_theta,
+        "data.seq_len": d.seq_len,
+        "train.tokens": t.tokens,
+        "train.batch_tokens": t.batch_tokens,
+        "train.micro_batch": None if t.micro_batch == "auto" else t.micro_batch,
+        "optim.lr": cfg.optim.lr,
+        "optim.clip": cfg.optim.clip,
+        "optim.eps": cfg.optim.eps,
+        "checkpoint.every": cfg.checkpoint.every,
+        "checkpoint.keep": cfg.checkpoint.keep,
+        "validation.tokens": cfg.validation.tokens,
+        "log.every": cfg.log.every,
+    }
+    for key, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{key} is {value}, expected more than 0")
+    _check_shares(cfg)
+    if not re.fullmatch(r"[\w][\w.+-]*", cfg.name):
+        raise UserError(f"name is {cfg.name!r}, expected letters, digits, '.', '_' and '-' only")
+    if m.dim % m.n_heads or (m.dim // m.n_heads) % 2:
+        raise UserError(
+            f"model.dim {m.dim} over model.n_heads {m.n_heads} gives no even, whole head size"
+        )
+    if m.n_heads % m.kv_heads:
+        raise UserError(f"model.n_kv_heads {m.kv_heads} does not divide model.n_heads {m.n_heads}")
+    for key, batch in [("train.batch_tokens", t.batch_tokens)] + [
+        ("train.batch_ramp", batch) for batch, _ in t.batch_ramp
+    ]:
+        if batch % d.seq_len:
+            near = max(1, round(batch / d.seq_len)) * d.seq_len
+            raise UserError(
+                f"{key} {batch} is not a multiple of data.seq_len {d.seq_len}; {near} would be"
+            )
+    if isinstance(d.mixture, dict):
+        check_weights(d.mixture, "data.mixture")
+
+
+def _check_shares(cfg: Config) -> None:
+    o, p = cfg.optim, cfg.parallel
+    shares = {
+        "optim.min_lr_ratio": o.min_lr_ratio,
+        "optim.decay_ratio": o.decay_ratio,
+        "optim.betas[0]": o.betas[0],
+        "optim.betas[1]": o.betas[1],
+    }
+    for key, value in shares.items():
+        if not 0 <= value <= 1 or (key.startswith("optim.betas") and value == 1):
+            raise UserError(f"{key} is {value}, expected a share between 0 and 1")
+    not_negative = {
+        "optim.warmup_steps": o.warmup_steps,
+        "optim.weight_decay": o.weight_decay,
+        "validation.every": cfg.validation.every,
+        "seed": cfg.seed,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise UserError(f"{key} is {value}, expected 0 or more")
+    sizes = {f"parallel.{k}": v for k, v in asdict(p).items() if isinstance(v, int)}
+    for key, value in sizes.items():
+        if value == 0 or value < -1:
+            raise UserError(f"{key} is {value}, expected 1 or more, or -1 for the rest")
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError("only one of the parallel sizes may be -1")
+    if p.tensor != 1 or p.context != 1:
+        raise UserError(
+            f"parallel.tensor {p.tensor} and parallel.context {p.context}: only 1 is built so far"
+        )
+

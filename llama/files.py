@@ -1,0 +1,232 @@
+"""Files that exist whole or not at all: atomic files and folders, hashes, JSON, strict line readers.
+
+Everything the project writes goes through here, because a killed process, a full disk or a truncated
+download must never leave something that looks complete. A plain zstd or gzip reader returns the part
+of a truncated file without a word; the readers here fail and name the file and the byte.
+"""
+
+import gzip
+import hashlib
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import orjson
+import zstandard
+
+from llama.cli import UserError
+
+# small, because one chunk of a hostile zstd frame may grow 30,000 times
+CHUNK_BYTES = 1 << 16
+ZSTD_LEVEL = 3
+# A zstd frame may ask for a window of 2 GiB; ours need 8 MiB, downloaded ones rarely more than 128.
+ZSTD_MAX_WINDOW_BYTES = 1 << 27
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(path: str | Path) -> None:
+    """Make renames and new names inside a folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def free_bytes(path: str | Path) -> int:
+    """Free bytes on the disk that holds `path`, or would hold it once created."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+@contextmanager
+def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a part file that becomes `path` when the block ends, and vanishes if it raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Replace `path` by `data` in one rename."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it raises."""
+    path = Path(path)
+    if path.exists():
+        raise UserError(f"{path} exists already: it is never overwritten, remove or rename it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    part.mkdir()
+    try:
+        yield part
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                fsync_folder(file)
+        fsync_folder(part)
+        os.rename(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def read_json(path: str | Path) -> Any:
+    """Parse a JSON file; a missing or broken one is the user's error with its name."""
+    try:
+        return orjson.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON, indented, atomically."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+    write_atomic(path, orjson.dumps(value, option=options))
+
+
+def read_chunks(path: str | Path) -> Iterator[bytes]:
+    """Decompressed chunks of a .zst, .gz or plain file, strictly: a frame that does not end is an error.
+
+    Raises `UserError` with the file and the byte of the compressed input where reading stopped.
+    """
+    suffix = Path(path).suffix
+    try:
+        with open(path, "rb") as file:
+            if suffix not in (".zst", ".gz"):
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+                return
+            yield from _decompress(file, suffix)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (zstandard.ZstdError, zlib.error, EOFError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _decompress(file: IO[bytes], suffix: str) -> Iterator[bytes]:
+    """Walk the frames (zstd) or members (gzip) of a file one after the other."""
+    frame: Any = None
+    frames = 0
+    while data := file.read(CHUNK_BYTES):
+        while data:
+            if frame is None:
+                # gzip files may be padded with zeros behind a member; a header never begins with one
+                data = data.lstrip(b"\0") if suffix == ".gz" else data
+                if not data:
+                    break
+                frame, frames = _new_frame(suffix), frames + 1
+            try:
+                yield frame.decompress(data)
+            except (zstandard.ZstdError, zlib.error) as error:
+                raise EOFError(f"{error} before byte {file.tell()}") from error
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None or not frames:
+        raise EOFError(f"the last frame is cut off at byte {file.tell()}")
+
+
+def _new_frame(suffix: str) -> Any:
+    if suffix == ".gz":
+        return zlib.decompressobj(wbits=31)
+    return zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES).decompressobj()
+
+
+def read_lines(path: str | Path) -> Iterator[bytes]:
+    """Lines of a .zst, .gz or plain file without their newline; see `read_chunks` for errors."""
+    rest: list[bytes] = []
+    for chunk in read_chunks(path):
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        if others:
+            yield b"".join(rest)
+            yield from others[:-1]
+            rest = [others[-1]]
+    last = b"".join(rest)
+    if last:
+        yield last
+
+
+class LineWriter:
+    """Write lines to a .zst (with checksum), .gz or plain file that appears only when closed whole."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> "LineWriter":
+        self._manager = atomic_file(self.path)
+        self._raw = self._manager.__enter__()
+        self._stream: IO[bytes]
+        if self.path.suffix == ".zst":
+            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+            self._stream = compressor.stream_writer(self._raw, closefd=False)  # type: ignore[assignment]
+        elif self.path.suffix == ".gz":
+            # no name and no time in the header: the same lines give the same bytes
+            self._stream = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0)  # type: ignore[assignment]
+        else:
+            self._stream = self._raw
+        return self
+
+    def write(self, line: bytes) -> None:
+        """Append one line; the newline is added here."""
+        self._stream.write(line + b"\n")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and self._stream is not self._raw:
+            self._stream.close()
+        self._manager.__exit__(kind, error, trace)
+
+
+def read_documents(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Documents `{"id": str, "text": str, "source": str, "meta": {...}}` of one file, strictly.
+
+    Raises `UserError` with file and line number for a line that is not such an object.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            document = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not valid JSON: {error}") from error
+        if not isinstance(document, dict):
+            raise UserError(f"{path}:{number} is not a JSON object")
+        for key in ("id", "text"):
+            if not isinstance(document.get(key), str):
+                raise UserError(f"{path}:{number} has no text under the key {key!r}")
+        yield document
