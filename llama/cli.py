@@ -1,7 +1,7 @@
 """What every command shares: parsing with suggestions, counts, exit codes, tables and progress.
 
-Exit codes: 0 done, 2 a user's error told in one sentence, 75 stopped on purpose and ready to resume,
-1 anything else (with its traceback).
+Exit codes: 0 done, 2 a user's error told in one sentence, 75 stopped on purpose and ready to
+resume, 1 anything else (with its traceback).
 """
 
 import difflib
@@ -150,9 +150,7 @@ def _one_sentence(message: str, keys: Sequence[str]) -> str:
     near = difflib.get_close_matches(wrong, keys, n=1, cutoff=0.6)
     if not near:
         last = {key.rpartition(".")[2]: key for key in keys}
-        near = [
-            last[k] for k in difflib.get_close_matches(wrong.rpartition(".")[2], last, 1, 0.6)
-        ]
+        near = [last[k] for k in difflib.get_close_matches(wrong.rpartition(".")[2], last, 1, 0.6)]
     return f"{text}; did you mean {near[0]}?" if near else text
 
 
@@ -160,7 +158,7 @@ def _one_sentence(message: str, keys: Sequence[str]) -> str:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere (files, Slurm logs) a plain line now and then and at the end."""
+    """A bar on a terminal; elsewhere (files, Slurm logs) a plain line now and then."""
 
     def __init__(self, label: str, total: float | None = None, unit: str = "") -> None:
         self.label, self.total, self.unit = label, total, unit

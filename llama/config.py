@@ -1,13 +1,13 @@
 """The configuration of a run: dataclasses, YAML files and dotted overrides.
 
-`torchrun train.py --config configs/llama_7b.yaml --optim.lr 1e-4`: several `--config` are applied in
-order, then the options. Unknown keys fail with a suggestion. What a run used is saved as
+`torchrun train.py --config configs/llama_7b.yaml --optim.lr 1e-4`: several `--config` are applied
+in order, then the options. Unknown keys fail with a suggestion. What a run used is saved as
 `runs/<name>/config.yaml`, with the mixture's weights written in, and reruns it exactly.
 """
 
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse.typing import register_type
 
-from llama import cli
+from llama import cli, files
 from llama.cli import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -268,16 +268,16 @@ def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
     Raises `UserError` naming the key and the value for anything that cannot be trained.
     """
     argv = list(argv)
-    files = [value for _, value in _options(argv, "--config")]
-    if not files and (default := CONFIGS / "quickstart.yaml").exists():
-        files, argv = [str(default)], ["--config", str(default), *argv]
-    for path in files:
-        _check_yaml(path)
+    given = [value for _, value in _options(argv, "--config")]
+    if not given and (default := CONFIGS / "quickstart.yaml").exists():
+        given, argv = [str(default)], ["--config", str(default), *argv]
+    for path in given:
+        files.read_yaml(path)
     p = p or parser()
     values = p.instantiate(p.parse_args(argv))
     cfg = Config(**{part.name: getattr(values, part.name) for part in fields(Config)})
     if isinstance(cfg.data.mixture, str):
-        cfg.data.mixture = read_mixture(_beside(cfg.data.mixture, argv, files))
+        cfg.data.mixture = read_mixture(_beside(cfg.data.mixture, argv, given))
     check(cfg)
     return cfg
 
@@ -293,11 +293,11 @@ def _options(argv: Sequence[str], name: str) -> list[tuple[int, str]]:
     return found
 
 
-def _beside(path: str, argv: Sequence[str], files: Sequence[str]) -> Path:
-    """A file named in a YAML lies beside that YAML; one named in an option, in the working folder."""
+def _beside(path: str, argv: Sequence[str], given: Sequence[str]) -> Path:
+    """A file named in a YAML lies beside it; one named in an option, in the working folder."""
     if not _options(argv, "--data.mixture"):
-        for file in reversed(files):
-            named = (yaml.safe_load(Path(file).read_text()) or {}).get("data") or {}
+        for file in reversed(given):
+            named = files.read_yaml(file).get("data") or {}
             if named.get("mixture") == path:
                 return Path(file).parent / path
         if not Path(path).exists():
@@ -305,40 +305,12 @@ def _beside(path: str, argv: Sequence[str], files: Sequence[str]) -> Path:
     return Path(path)
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error instead of a silent last-one-wins."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise UserError(f"{self.name}:{line} gives the key {key!r} twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _check_yaml(path: str | Path) -> Any:
-    try:
-        with open(path) as file:
-            value = yaml.load(file, _StrictLoader)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise UserError(f"{path} is not readable YAML: {reason}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no keys: expected lines such as `name: value`")
-    return value
-
-
 def read_mixture(path: str | Path) -> dict[str, float]:
     """Weights of a mixture file, `source: weight` per line.
 
     Raises `UserError` for weights that are no numbers, not positive, or do not sum to 1.
     """
-    return check_weights(_check_yaml(path), str(path))
+    return check_weights(files.read_yaml(path), str(path))
 
 
 def check_weights(weights: dict[str, Any], where: str) -> dict[str, float]:
@@ -471,4 +443,3 @@ def _check_shares(cfg: Config) -> None:
         raise UserError(
             f"parallel.tensor {p.tensor} and parallel.context {p.context}: only 1 is built so far"
         )
-

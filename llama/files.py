@@ -1,23 +1,25 @@
-"""Files that exist whole or not at all: atomic files and folders, hashes, JSON, strict line readers.
+"""Files that exist whole or not at all: atomic files and folders, hashes, strict readers.
 
-Everything the project writes goes through here, because a killed process, a full disk or a truncated
-download must never leave something that looks complete. A plain zstd or gzip reader returns the part
-of a truncated file without a word; the readers here fail and name the file and the byte.
+Everything the project writes goes through here, because a killed process, a full disk or a cut
+download must never leave something that looks complete. A plain zstd or gzip reader returns the
+part of a truncated file without a word; the readers here fail and name the file and the byte.
 """
 
 import gzip
 import hashlib
 import os
+import re
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import orjson
+import yaml
 import zstandard
 
 from llama.cli import UserError
@@ -78,7 +80,7 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it raises."""
+    """Yield a temporary folder that becomes `path` at the end, and vanishes if the block raises."""
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already: it is never overwritten, remove or rename it")
@@ -117,8 +119,37 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, orjson.dumps(value, option=options))
 
 
+class _StrictYaml(yaml.SafeLoader):
+    """YAML in which a key given twice is an error instead of a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise UserError(f"{self.name}:{line} gives the key {key!r} twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The keys of a YAML file; an unreadable file or a key given twice is a `UserError`."""
+    try:
+        with open(path) as file:
+            value = yaml.load(file, _StrictYaml)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise UserError(f"{path} is not readable YAML: {reason}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no keys: expected lines such as `name: value`")
+    return value
+
+
 def read_chunks(path: str | Path) -> Iterator[bytes]:
-    """Decompressed chunks of a .zst, .gz or plain file, strictly: a frame that does not end is an error.
+    """Decompressed chunks of a .zst, .gz or plain file; a frame that does not end is an error.
 
     Raises `UserError` with the file and the byte of the compressed input where reading stopped.
     """
@@ -143,7 +174,7 @@ def _decompress(file: IO[bytes], suffix: str) -> Iterator[bytes]:
     while data := file.read(CHUNK_BYTES):
         while data:
             if frame is None:
-                # gzip files may be padded with zeros behind a member; a header never begins with one
+                # gzip may be padded with zeros behind a member; no header begins with one
                 data = data.lstrip(b"\0") if suffix == ".gz" else data
                 if not data:
                     break
@@ -180,7 +211,7 @@ def read_lines(path: str | Path) -> Iterator[bytes]:
 
 
 class LineWriter:
-    """Write lines to a .zst (with checksum), .gz or plain file that appears only when closed whole."""
+    """Writes lines to a .zst (with checksum), .gz or plain file that appears when closed whole."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

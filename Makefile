@@ -1,0 +1,58 @@
+# `make quickstart`: from nothing to a trained model and sampled text. `make test`: what CI runs.
+#
+#   PYTHON=python3.12    the interpreter that makes the environment (3.11 or newer)
+#   VENV=.venv           where the environment lies
+#   TORCH_INDEX=URL      another index for torch, as https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help env quickstart test test-fast test-all lint types size clean
+
+help:
+	@echo "make quickstart   environment, corpus, tokenizer, shards, training, sampled text"
+	@echo "make env          the environment alone, in $(VENV)"
+	@echo "make test         lint, types and the tests that CI runs (20 minutes on 2 cores)"
+	@echo "make test-fast    the tests of under 2 minutes"
+	@echo "make test-all     every test, with the long ones"
+	@echo "make lint types   ruff; mypy"
+	@echo "make size         lines per file and the longest functions"
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"error: $(PYTHON) is Python {v}, this project needs 3.11 or newer: make env PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade "pip>=25" "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev,corpus,tensorboard]"
+	@touch $@
+
+quickstart: env
+	VENV=$(VENV) bash scripts/quickstart.sh
+
+test: env lint types
+	$(PYTEST) -m "not full"
+
+test-fast: env
+	$(PYTEST) -m "not slow and not full"
+
+test-all: env lint types
+	$(PYTEST)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env
+	$(BIN)/mypy
+
+size: env
+	@$(BIN)/python scripts/size.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""`python -m llama`: every command in pipeline order, one line and one example each."""
+
+COMMANDS = [
+    (
+        "python -m llama.corpus run",
+        "raw text to documents (.jsonl.zst)",
+        "--config configs/corpus/plain.yaml --input texts --output data/mine/documents/mine",
+    ),
+    (
+        "python -m tokenizer.train",
+        "documents to a SentencePiece tokenizer",
+        "--config configs/tokenizer.yaml --input data/mine/documents --output data/mine/tokenizer",
+    ),
+    (
+        "python -m llama.data.tokenize",
+        "documents to token shards (.bin, .idx)",
+        "--input data/mine/documents --tokenizer data/mine/tokenizer --output data/mine/tokens",
+    ),
+    (
+        "python -m llama.data.shards",
+        "check shards, or adopt Megatron's",
+        "check data/mine/tokens",
+    ),
+    (
+        "python -m llama.data.mixture",
+        "tokens and epochs per source of a run",
+        "--config configs/quickstart.yaml",
+    ),
+    (
+        "torchrun train.py",
+        "shards to checkpoints; the same command resumes",
+        "--nproc-per-node 2 train.py --config configs/quickstart.yaml",
+    ),
+    (
+        "python -m llama.data.ledger",
+        "documents of a step, steps of a document",
+        "runs/quickstart --step 10",
+    ),
+    (
+        "python -m llama.generate",
+        "text from a checkpoint",
+        'runs/quickstart --prompt "def main("',
+    ),
+]
+
+
+def listing() -> str:
+    """The table that README shows too."""
+    lines = []
+    for command, purpose, example in COMMANDS:
+        start = "torchrun" if command.startswith("torchrun") else command
+        lines += [f"{command:<32}{purpose}", f"    {start} {example}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(listing())

@@ -1,0 +1,1 @@
+"""What starts a run and keeps it alive: processes, signals, checkpoints, metrics."""

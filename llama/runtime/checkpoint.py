@@ -1,0 +1,305 @@
+"""Checkpoints that are complete or do not exist.
+
+`ckpt/step-00001200/` holds DCP tensor files, `state.json` and `manifest.json` (size and sha256 of
+every other file). It is written aside, hashed, fsynced and renamed by rank 0 only when every rank
+has succeeded; it is never written again. Loading checks every hash first and falls back to the next
+older checkpoint, loudly. DCP's metadata is a pickle: it is read with an allow-list, and everything
+that is no tensor lives in the JSON. Collectives of a save run on the gloo group of the world.
+"""
+
+import errno
+import hashlib
+import io
+import pickle
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from llama import files
+from llama.cli import UserError, show_bytes
+from llama.runtime.world import World
+
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+
+# What DCP's own metadata may name; anything else in the pickle is refused before it runs.
+ALLOWED_GLOBALS = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "Path"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in ALLOWED_GLOBALS or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, with the allow-list and for tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        data = (Path(self.path) / METADATA).read_bytes()
+        metadata = _MetadataUnpickler(io.BytesIO(data)).load()
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name} in {self.path} is no tensor")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+# -- finding and checking --------------------------------------------------------------------------
+
+
+def folder(run: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run) / "ckpt"
+
+
+def steps(run: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of every finished checkpoint of a run, oldest first."""
+    place = folder(run)
+    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in place.glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def newest(run: str | Path) -> Path:
+    """Newest checkpoint of a run whose files all have the size its manifest says.
+
+    A path that is a checkpoint itself is returned as it is. Raises `UserError` where there is none.
+    """
+    path = Path(run)
+    if STEP_FOLDER.fullmatch(path.name):
+        if problem := damage(path, hashes=False):
+            raise UserError(f"{path} is no complete checkpoint: {problem}")
+        return path
+    for _, candidate in reversed(steps(path)):
+        if not damage(candidate, hashes=False):
+            return candidate
+    raise UserError(f"{path} holds no complete checkpoint (looked for {folder(path)}/step-*)")
+
+
+def damage(path: Path, hashes: bool = True, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None when they are as they were written.
+
+    With `parts`, only every parts-th file is read, so that ranks can divide the work.
+    """
+    try:
+        manifest = files.read_json(path / MANIFEST)
+        if manifest["sha256"] != _own_hash(manifest) or f"step-{manifest['step']:08d}" != path.name:
+            return f"{MANIFEST} is not what was written"
+        listed: dict[str, dict[str, Any]] = manifest["files"]
+        for name, entry in sorted(listed.items())[part::parts]:
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+            if hashes and files.sha256(path / name) != entry["sha256"]:
+                return f"the content of {name} has changed"
+    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    """The manifest vouches for every other file; this vouches for the manifest."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+def save(
+    run: str | Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    world: World,
+    keep: int,
+) -> str | None:
+    """Write `step-<step>`; all ranks call it together. Returns what failed, or None.
+
+    A failure on one rank removes the folder, leaves every older checkpoint alone, and is the same
+    text on every rank: training may go on.
+    """
+    place = folder(run)
+    final = place / f"step-{step:08d}"
+
+    def make() -> Path:
+        part = place / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
+        part.mkdir(parents=True)
+        return part
+
+    part, problem = world.broadcast(_attempt(make) if world.leads else None)
+    if problem:
+        return str(problem)
+    written, problem = _attempt(lambda: _write_rank(part, tensors, world))
+    results = world.gather((written, problem))
+    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
+    if world.leads and not problems:
+        every = {name: entry for entries, _ in results for name, entry in entries.items()}
+        _, problem = _attempt(lambda: _publish(part, final, step, every, state))
+        problems += [problem] if problem else []
+    if world.leads and problems:
+        shutil.rmtree(part, ignore_errors=True)
+    verdict: str | None = world.broadcast("; ".join(problems) or None)
+    if not verdict and world.leads:
+        prune(run, keep)
+    return verdict
+
+
+def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(result, None) or (None, what went wrong). DCP raises BaseExceptions of its own."""
+    try:
+        return action(), None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        return None, _reason(error)
+
+
+def _reason(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        # DCP wraps what each rank raised; a full disk reaches us as a broken write position
+        error = next(iter(failures.values()))[0]
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else text
+
+
+def _write_rank(part: Path, tensors: dict[str, torch.Tensor], world: World) -> dict[str, Any]:
+    """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
+    return {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+
+
+def _publish(
+    part: Path, final: Path, step: int, every: dict[str, Any], state: dict[str, Any]
+) -> None:
+    """Complete the folder and give it its name; only rank 0, only when all ranks have written."""
+    files.write_json(part / STATE, state)
+    for name in (STATE, METADATA):
+        every[name] = _entry(part / name)
+    present = {path.name for path in part.iterdir()}
+    if present != set(every):
+        raise OSError(f"the files on disk are not those written: {sorted(present ^ set(every))}")
+    manifest: dict[str, Any] = {"format": 1, "step": step, "files": every}
+    files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
+    files.fsync_folder(part)
+    if final.exists():
+        # only a damaged one can stand in the way: a good one would have been resumed from
+        final.rename(_free_name(final.parent, "corrupt"))
+    part.rename(final)
+    files.fsync_folder(final.parent)
+
+
+def _free_name(place: Path, word: str) -> Path:
+    number = 0
+    while (path := place / f"{word}-{number}").exists():
+        number += 1
+    return path
+
+
+def prune(run: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, each by a rename first."""
+    for _, path in steps(run)[:-keep]:
+        trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def sweep(run: str | Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    for pattern in (".tmp-*", ".trash-*"):
+        for path in folder(run).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def choose(run: str | Path, world: World) -> Path | None:
+    """Newest checkpoint whose every byte is as written; all ranks call it together.
+
+    Files are divided over the ranks. A damaged checkpoint is said aloud and renamed `corrupt-<n>`.
+    """
+    candidates: list[Path] = world.broadcast([path for _, path in reversed(steps(run))])
+    for path in candidates:
+        verdicts = world.gather(damage(path, part=world.rank, parts=world.size))
+        problem = next((verdict for verdict in verdicts if verdict), None)
+        if not problem:
+            return path
+        if world.leads:
+            aside = _free_name(path.parent, "corrupt")
+            path.rename(aside)
+            print(f"WARNING: {path} is damaged ({problem}); moved to {aside.name}, trying the next")
+    if candidates:
+        raise UserError(f"every checkpoint in {folder(run)} is damaged: see the lines above")
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    state: dict[str, Any] = files.read_json(path / STATE)
+    return state
+
+
+def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Fill `tensors` in place, resharding as needed; all ranks call it together."""
+    problem = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(dict(tensors), storage_reader=_Reader(path), process_group=world.control)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        problem = _reason(error)
+    if problem:
+        raise UserError(f"{path} cannot be loaded into this model: {problem}")
+
+
+def refuse_small_disk(run: str | Path, needed_bytes: int) -> None:
+    """Refuse to start where not even one more checkpoint fits."""
+    free = files.free_bytes(run)
+    if free < needed_bytes:
+        raise UserError(
+            f"the disk of {run} has {show_bytes(free)} free, one checkpoint takes "
+            f"{show_bytes(needed_bytes)}: free some space or use another disk"
+        )

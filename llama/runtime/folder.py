@@ -1,0 +1,122 @@
+"""The folder of a run: one writer, one configuration, and the reason it ended.
+
+runs/<name>/{config.yaml, env.json, metrics.jsonl, train.log, EXIT_REASON, ckpt/}
+"""
+
+import fcntl
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+
+from llama import config, files
+from llama.cli import UserError
+from llama.config import Config
+from llama.runtime import checkpoint
+from llama.runtime.metrics import Tee
+from llama.runtime.world import World
+
+RUNS = Path("runs")
+EXIT_REASON = "EXIT_REASON"
+
+
+@contextmanager
+def held(run: Path, here: World) -> Iterator[None]:
+    """Hold the run folder for this run; the kernel lets go of it when rank 0 dies."""
+    problem, file = None, None
+    if here.leads:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / ".lock", "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            problem = f"{run} is being trained by another process: wait for it or use --name other"
+    together(problem, here)
+    try:
+        yield
+    finally:
+        if file:
+            file.close()
+
+
+def together(problem: str | None, here: World) -> None:
+    """Raise rank 0's `UserError` on every rank, so that none waits for the others."""
+    if problem := here.broadcast(problem):
+        raise UserError(problem)
+
+
+def settle(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
+    """Make the folder this run's: refuse another configuration or a full disk, sweep leftovers."""
+    problem = None
+    if here.leads:
+        try:
+            _refuse_changes(run, cfg)
+            checkpoint.refuse_small_disk(run, checkpoint_bytes)
+            checkpoint.sweep(run)
+            files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
+            files.write_json(run / "env.json", environment(here))
+            (run / EXIT_REASON).unlink(missing_ok=True)
+            sys.stdout = Tee(run / "train.log")  # type: ignore[assignment]
+        except UserError as error:
+            problem = str(error)
+    together(problem, here)
+
+
+def _refuse_changes(run: Path, cfg: Config) -> None:
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+    saved = config.to_dict(config.load(["--config", str(path)]))
+    changed = [
+        line
+        for line in config.differences(saved, config.to_dict(cfg))
+        if not line.startswith(config.FREE_KEYS)
+    ]
+    if changed and not cfg.checkpoint.accept_changes:
+        raise UserError(
+            f"{run} has another configuration ({'; '.join(changed)}): use --name other for a "
+            "new run, or --checkpoint.accept_changes true to go on with the new values"
+        )
+    if changed:
+        print("going on with changed values:", *changed, sep="\n  ")
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions and hardware, for env.json. No variables or arguments: they may hold secrets."""
+    here = Path(__file__).parent
+    try:
+        git = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        git = ""
+    cuda = world.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": git or None,
+        "platform": f"{sys.platform} {platform.machine()}",
+        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "processes": world.size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def exit_reason(run: Path, verdict: str, why: str, step: int) -> None:
+    """Write EXIT_REASON: `done`, `requeue` or `failed`, for scripts that cannot see exit codes."""
+    line = orjson.dumps({"exit": verdict, "why": why, "step": step})
+    try:
+        files.write_atomic(run / EXIT_REASON, line + b"\n")
+    except OSError as error:
+        print(f"WARNING: {run / EXIT_REASON} cannot be written: {os.strerror(error.errno or 0)}")

@@ -1,0 +1,195 @@
+"""Numbers of a run: one line a log step on the terminal, every number in metrics.jsonl.
+
+metrics.jsonl is the record: rows are appended by rank 0, steps strictly increase, also over
+interruptions (rows behind the step a run resumes from are dropped). wandb and tensorboard get the
+same rows; neither can stop a run.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llama import files
+from llama.cli import UserError, show_count, show_seconds
+from llama.config import LogConfig
+
+
+class Metrics:
+    """Writes rows; made on rank 0 only."""
+
+    def __init__(self, run: Path, cfg: LogConfig, resume_step: int, settings: dict[str, Any]):
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            keep_rows(self.path, resume_step)
+        self._file = open(self.path, "ab")
+        self._sinks = [s for s in (_wandb(run, cfg, settings), _tensorboard(run, cfg)) if s]
+        self._lost = False
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Append one row; None values are left out. A full disk is said once, never fatal."""
+        row = {"step": step, **{k: v for k, v in values.items() if v is not None}}
+        try:
+            self._file.write(orjson.dumps(row) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._lost:
+                print(f"WARNING: {self.path} cannot be written: {error.strerror}; training goes on")
+            self._lost = True
+        for sink in list(self._sinks):
+            try:
+                sink(step, row)
+            except Exception as error:  # any logger's failure: a logger must never end a run
+                print(f"WARNING: {sink.__qualname__.split('.')[0]} failed and is off now: {error}")
+                self._sinks.remove(sink)
+
+    def close(self) -> None:
+        """Make the rows durable."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError:
+            pass
+        self._file.close()
+
+
+class Clock:
+    """Time and tokens since the last row, without what was spent on validation and saving."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens, self._pause_s, self._since = tokens, 0.0, time.monotonic()
+        self._waited_s = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the speed."""
+        began = time.monotonic()
+        yield
+        self._pause_s += time.monotonic() - began
+
+    def read(self, tokens: int, waited_s: float) -> tuple[float, float]:
+        """(tokens per second, percent of the time waiting for data) since the last reading."""
+        now = time.monotonic()
+        spent = max(now - self._since - self._pause_s, 1e-9)
+        rate = (tokens - self._tokens) / spent
+        waiting = 100 * (waited_s - self._waited_s) / spent
+        self._tokens, self._pause_s, self._since, self._waited_s = tokens, 0.0, now, waited_s
+        return rate, waiting
+
+
+def keep_rows(path: Path, last_step: int) -> None:
+    """Drop rows after `last_step`, and a last row cut off by a kill."""
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if row["step"] <= last_step:
+            kept.append(line + b"\n")
+    files.write_atomic(path, b"".join(kept))
+
+
+def read_rows(run: str | Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl."""
+    path = Path(run) / "metrics.jsonl"
+    return [orjson.loads(line) for line in files.read_lines(path)]
+
+
+def line(step: int, steps: int, row: dict[str, Any]) -> str:
+    """The terminal's line of a row: at most 80 columns up to a million steps."""
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"tok {show_count(row['tokens'])}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.2e}",
+        f"gnorm {row['grad_norm']:.2f}",
+        f"{show_count(row['tokens_per_s_gpu'])} tok/s/gpu",
+    ]
+    if row.get("mfu_causal") is not None:
+        parts.append(f"mfu {100 * row['mfu_causal']:.1f}%")
+    if row.get("memory_gib") is not None:
+        parts.append(f"mem {row['memory_gib']:.1f}G")
+    parts.append(f"eta {show_seconds(row['eta_s'])}")
+    return " | ".join(parts)
+
+
+def validation_line(step: int, losses: dict[str, float]) -> str:
+    """The terminal's line of a validation."""
+    return f"validation at step {step}: " + ", ".join(f"{n} {v:.4f}" for n, v in losses.items())
+
+
+def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
+    if cfg.wandb == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"log.wandb is {cfg.wandb} but wandb is not installed: {error}") from error
+    mode = cfg.wandb
+    if mode == "online" and not wandb.api.api_key:
+        print("WARNING: log.wandb is online but there is no API key: logging offline")
+        mode = "offline"
+    try:
+        tracked = wandb.init(
+            project="llama-pretraining",
+            name=run.name,
+            id=run.name,
+            resume="allow",
+            dir=str(run),
+            mode=mode,
+            config=settings,
+            settings=wandb.Settings(init_timeout=20, disable_git=True, disable_code=True),
+        )
+    except Exception as error:  # unreachable server, full disk: a logger must never end a run
+        print(f"WARNING: wandb cannot start ({error}); training goes on without it")
+        return None
+
+    def wandb_sink(step: int, row: dict[str, Any]) -> None:
+        tracked.log(row, step=step)
+
+    return wandb_sink
+
+
+def _tensorboard(run: Path, cfg: LogConfig) -> Any:
+    if not cfg.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"log.tensorboard is on but cannot be imported: {error}") from error
+    writer = SummaryWriter(str(run / "tensorboard"))
+
+    def tensorboard_sink(step: int, row: dict[str, Any]) -> None:
+        for key, value in row.items():
+            if isinstance(value, int | float) and key != "step":
+                writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return tensorboard_sink
+
+
+class Tee:
+    """Standard output that is also appended to train.log."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a", buffering=1)
+        self._out = sys.stdout
+
+    def write(self, text: str) -> int:
+        try:
+            self._file.write(text)
+        except OSError:
+            pass  # a full disk loses the copy, not the run; metrics.row warns
+        return self._out.write(text)
+
+    def flush(self) -> None:
+        self._out.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)

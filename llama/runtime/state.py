@@ -1,0 +1,148 @@
+"""Everything a run is between two steps, saved and resumed whole.
+
+Tensors (weights, moments) go through llama.runtime.checkpoint by name; all else is JSON. Resuming
+refuses another model, tokenizer or data: training on by accident is worse than stopping.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama import config, optim
+from llama.cli import UserError, show_seconds
+from llama.config import Config
+from llama.data import order, schedule, shards
+from llama.runtime import checkpoint
+from llama.runtime.world import World
+
+
+@dataclass
+class State:
+    """A run between two steps."""
+
+    cfg: Config
+    world: World
+    run: Path
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    sources: dict[str, shards.Source]
+    valid: dict[str, shards.Source]
+    order: order.Order
+    steps: int
+    # processes the gradients are averaged over, windows per forward pass, dtype of the passes
+    averaged_over: int
+    micro_batch: int
+    dtype: torch.dtype
+    # (sum of token losses, tokens) per source since the last log line, float64
+    window: torch.Tensor
+    step: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.order.tokens(self.step)
+
+    @property
+    def eos_id(self) -> int:
+        return next(iter(self.sources.values())).eos_id
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint stores as tensors: weights and moments by name."""
+        return self.weights() | optim.state_tensors(self.optimizer, self.model)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What must not change under a run: model shape, tokenizer, token shards."""
+        return {
+            "model": config.to_dict(self.cfg)["model"],
+            "tokenizer": next(iter(self.sources.values())).tokenizer_sha256,
+            "data": {name: source.manifest_sha256 for name, source in self.sources.items()},
+        }
+
+
+def save(state: State) -> None:
+    """Write a checkpoint of this step; a failure is said and training goes on."""
+    contents = {
+        "format": 1,
+        "step": state.step,
+        "tokens": state.tokens,
+        "adam_steps": optim.step_count(state.optimizer),
+        "segments": order.to_json(state.order.segments),
+        "window": dict(zip(state.order.names, state.window.tolist(), strict=True)),
+        "rng": torch.get_rng_state().numpy().tobytes().hex(),
+        "fingerprints": state.fingerprints(),
+        "config": config.to_dict(state.cfg),
+    }
+    began = time.monotonic()
+    problem = checkpoint.save(
+        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint.keep
+    )
+    if problem:
+        text = f"WARNING: the checkpoint of step {state.step} failed ({problem}); training goes on"
+    else:
+        spent = show_seconds(time.monotonic() - began)
+        text = f"saved {checkpoint.folder(state.run)}/step-{state.step:08d} in {spent}"
+    state.world.say(text)
+
+
+def resume(state: State) -> None:
+    """Load the newest valid checkpoint of the run; without one, the weights of `init_from`."""
+    cfg, here = state.cfg, state.world
+    found = checkpoint.choose(state.run, here)
+    if found is None:
+        if cfg.train.init_from:
+            source = checkpoint.newest(cfg.train.init_from)
+            if problem := next(
+                filter(None, here.gather(checkpoint.damage(source, True, here.rank, here.size))),
+                None,
+            ):
+                raise UserError(f"train.init_from {source} is damaged: {problem}")
+            checkpoint.load(source, state.weights(), here)
+            here.say(f"initial weights from {source}")
+        return
+    if cfg.checkpoint.resume == "never":
+        raise UserError(
+            f"{state.run} has checkpoints and checkpoint.resume is never: use --name other"
+        )
+    saved = checkpoint.read_state(found)
+    changed = _refuse_changes(state, saved, found)
+    checkpoint.load(found, state.tensors(), here)
+    optim.set_step_count(state.optimizer, saved["adam_steps"])
+    rng = bytearray.fromhex(saved["rng"])
+    torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
+    state.step = saved["step"]
+    state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
+    for name, windows in unread.items():
+        here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
+    rows = [saved["window"].get(name, [0.0, 0.0]) for name in state.order.names]
+    state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
+    here.say(f"resuming {state.run} from step {state.step} ({found.name})")
+
+
+def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:
+    """Refuse what this checkpoint cannot be trained on with; returns the sources that changed."""
+    old, new, accept = saved["fingerprints"], state.fingerprints(), state.cfg.checkpoint
+    if lines := config.differences(old["model"], new["model"], "model."):
+        raise UserError(f"{found} is of another model ({'; '.join(lines)}): use --name other")
+    if old["tokenizer"] != new["tokenizer"]:
+        raise UserError(
+            f"{found} was trained with another tokenizer (sha256 {old['tokenizer'][:12]}) than "
+            f"{state.cfg.data.path} was made with ({new['tokenizer'][:12]}): use --name other"
+        )
+    changed = {n for n, digest in new["data"].items() if old["data"].get(n, digest) != digest}
+    if changed and not accept.accept_changes:
+        raise UserError(
+            f"the shards of {', '.join(sorted(changed))} in {state.cfg.data.path} are not those of "
+            f"{found}: restore them, use --name other, or --checkpoint.accept_changes true"
+        )
+    if saved["step"] >= state.steps:
+        raise UserError(
+            f"{state.run} is finished, all {state.steps} steps are trained: use --name other for a "
+            "new run, or more --train.tokens with --checkpoint.accept_changes true"
+        )
+    return changed

@@ -1,0 +1,86 @@
+"""The processes of a run: rank, size, device, and a gloo group beside the training one.
+
+The only place that reads the environment variables of torchrun. Without torchrun the world is one
+process and everything else stays the same.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+START_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands. `control` carries decisions and saves, on CPU tensors only."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+    under_torchrun: bool
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print once for the whole world."""
+        if self.leads:
+            print(text, flush=True)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest value over all ranks; no device is waited for."""
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return int(tensor)
+
+
+def start() -> World:
+    """Join the process group that torchrun describes, or make one of a single process."""
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if launched:
+        dist.init_process_group(backend, timeout=START_TIMEOUT)
+    else:
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=START_TIMEOUT
+        )
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+        control=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
+        under_torchrun=under_torchrun,
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

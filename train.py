@@ -1,0 +1,380 @@
+"""Train a LLaMA: `torchrun --nproc-per-node 8 train.py --config configs/llama_7b.yaml`.
+
+Token shards and a configuration go in; checkpoints, metrics and a log come out in runs/<name>. The
+same command again resumes. `build` makes everything a run needs, `step` does one optimizer step,
+`train` is the loop: pretraining, fine-tuning, benchmarks and tests all use these three.
+"""
+
+import gc
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from llama.model import Transformer
+
+from llama import cli, config, costs, files, optim
+from llama.cli import UserError, show_bytes, show_count
+from llama.config import Config
+from llama.data import loader, mixture, schedule, shards
+from llama.parallel import apply
+from llama.runtime import folder, metrics, signals, world
+from llama.runtime.state import State, resume, save
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# -- one step --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step measured; tensors stay on the device until someone reads them."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
+    """One optimizer step on this rank's windows: `tokens` (n, T+1) and their source index (n,).
+
+    Nothing here waits for the device. A non-finite loss or gradient on any rank leaves parameters
+    and moments of every rank as they are.
+    """
+    cfg, device = state.cfg, state.world.device
+    nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
+    stats = torch.zeros_like(state.window)
+    tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
+    micro_batches = zip(
+        tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True
+    )
+    for windows, rows in micro_batches:
+        losses, counts = forward(state, windows)
+        # FSDP averages over ranks: the constant makes that the mean over the batch's tokens
+        (losses.sum() * (state.averaged_over / nominal)).backward()
+        stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
+    dist.all_reduce(stats)
+    loss_sum, valid = stats.sum(dim=0)
+    norm, found_inf = optim.step(
+        state.optimizer,
+        lr=optim.learning_rate(cfg.optim, state.step, state.steps),
+        clip=cfg.optim.clip,
+        # masked targets make the mean one over fewer tokens than the constant assumed
+        grad_factor=nominal / valid.clamp(min=1),
+        loss=loss_sum,
+    )
+    state.optimizer.zero_grad(set_to_none=True)
+    state.window += torch.where(found_inf.bool(), 0.0, stats)
+    state.step += 1
+    return Step(loss_sum / valid, norm)
+
+
+def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of losses and number of targets per window of `tokens` (b, T+1)."""
+    data = state.cfg.data
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    doc_ids = None
+    if not data.attend_across_documents:
+        doc_ids = loader.document_ids(inputs, state.eos_id)
+    if not data.boundary_loss:
+        targets = loader.drop_boundary_targets(inputs, targets, state.eos_id)
+    losses, counts = state.model(inputs, targets, doc_ids)
+    return losses, counts
+
+
+@torch.no_grad()
+def validate(state: State) -> dict[str, float]:
+    """Mean loss per source over the first windows of its held-out documents."""
+    cfg, here, results = state.cfg, state.world, {}
+    assert isinstance(cfg.data.mixture, dict)
+    state.model.eval()
+    for name, source in state.valid.items():
+        budget = int(cfg.validation.tokens * cfg.data.mixture[name])
+        tokens = loader.validation_windows(source, cfg.data.seq_len, budget)
+        total = torch.zeros(2, dtype=torch.float64, device=here.device)
+        # every rank makes the same number of forward passes: FSDP gathers in each
+        share = state.micro_batch * here.size
+        for low in range(0, len(tokens), share):
+            part = tokens[low : low + share][here.rank :: here.size]
+            losses, counts = forward(state, (part if len(part) else tokens[:1]).to(here.device))
+            if len(part):
+                total += torch.stack([losses.double().sum(), counts.double().sum()])
+        dist.all_reduce(total)
+        results[name] = float(total[0] / total[1])
+    state.model.train()
+    return results
+
+
+# -- building a run --------------------------------------------------------------------------------
+
+
+def build(cfg: Config, here: world.World, run: Path) -> State:
+    """Open the data, build and shard the model, make the optimizer, plan the order."""
+    sources = open_data(cfg)
+    plan = schedule.plan(cfg, sources)
+    micro_batch = fitting_micro_batch(cfg, here, [s.batch_windows for s in plan.segments])
+    dtype = DTYPES.get(cfg.train.dtype)
+    dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
+    with torch.device("meta"):
+        model = Transformer(cfg.model, attention=cfg.kernels.attention)
+    averaged_over = apply.apply(model, cfg, here.device, dtype)
+    model.to_empty(device=here.device)
+    model.init_weights(cfg.seed)
+    valid = shards.open_sources(cfg.data.path, list(sources), "valid")
+    return State(
+        cfg=cfg,
+        world=here,
+        run=run,
+        model=model,
+        optimizer=optim.build(model, cfg.optim),
+        sources=sources,
+        valid={name: s for name, s in valid.items() if s.n_windows(cfg.data.seq_len)},
+        order=plan,
+        steps=config.total_steps(cfg.train),
+        averaged_over=averaged_over,
+        micro_batch=micro_batch,
+        dtype=dtype,
+        window=torch.zeros(len(plan.names), 2, dtype=torch.float64, device=here.device),
+    )
+
+
+def open_data(cfg: Config) -> dict[str, shards.Source]:
+    """Training shards of every source of the mixture; fills in `model.vocab_size`."""
+    path = Path(cfg.data.path)
+    if not path.is_dir():
+        quickstart = path.parts[:2] == ("data", "quickstart")
+        how = "make quickstart" if quickstart else "python -m llama.data.tokenize"
+        raise UserError(f"data.path {path} does not exist: `{how}` makes it")
+    sources = shards.open_sources(path, list(cfg.data.mixture), "train")
+    pieces = next(iter(sources.values())).vocab_size
+    if cfg.model.vocab_size not in (None, pieces):
+        raise UserError(
+            f"model.vocab_size is {cfg.model.vocab_size}, the shards in {path} were made with "
+            f"a tokenizer of {pieces} pieces"
+        )
+    cfg.model.vocab_size = pieces
+    return sources
+
+
+def fitting_micro_batch(cfg: Config, here: world.World, batches: list[int]) -> int:
+    """Windows per forward pass: what was asked for, else what is known to fit."""
+    for windows in batches:
+        if windows % here.size:
+            raise UserError(
+                f"a batch of {windows} windows (train.batch_tokens / data.seq_len) does not divide "
+                f"over {here.size} processes: take a multiple of {cfg.data.seq_len * here.size}"
+            )
+    share = batches[-1] // here.size
+    if cfg.train.micro_batch != "auto":
+        return min(cfg.train.micro_batch, share)
+    if here.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(here.device)
+        states = 16 * costs.parameters(cfg.model) / here.size
+        window_bytes = cfg.data.seq_len * costs.activation_bytes_per_token(cfg.model)
+        fits = int(0.8 * (free - states) / window_bytes)
+    else:
+        # beyond this a CPU's caches gain nothing
+        fits = 8192 // cfg.data.seq_len
+    return max(m for m in range(1, share + 1) if share % m == 0 and m <= max(fits, 1))
+
+
+# -- the loop --------------------------------------------------------------------------------------
+
+
+def train(cfg: Config) -> int:
+    """Train until the last step or until asked to stop. Returns the exit code."""
+    here = world.start()
+    stop = signals.Stop()
+    run = folder.RUNS / cfg.name
+    state: State | None = None
+    try:
+        with folder.held(run, here):
+            state = build(cfg, here, run)
+            folder.settle(run, cfg, here, costs.checkpoint_bytes(cfg.model))
+            resume(state)
+            asked = loop(state, stop)
+    except Exception as error:
+        if here.leads and not isinstance(error, UserError):
+            why = f"{type(error).__name__}: {error}"
+            folder.exit_reason(run, "failed", why, state.step if state else 0)
+        raise
+    if here.leads:
+        verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
+        folder.exit_reason(run, *verdict, state.step)
+    # torchrun takes any other code for a crash
+    return cli.EXIT_REQUEUE if asked and not here.under_torchrun else 0
+
+
+def loop(state: State, stop: signals.Stop) -> str | None:
+    """Steps until the end. Returns the signal that stopped it early, or None."""
+    cfg, here = state.cfg, state.world
+    log = (
+        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg)) if here.leads else None
+    )
+    announce(state)
+    gc.collect()
+    gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
+    reader = loader.Loader(state.sources, state.order)
+    clock = metrics.Clock(state.tokens)
+
+    def share(number: int) -> tuple[int, int]:
+        each = state.order.segment(number).batch_windows // here.size
+        return here.rank * each, (here.rank + 1) * each
+
+    asked = None
+    for number, tokens, source in reader.steps(state.step, state.steps, share):
+        assert number == state.step
+        measured = step(state, tokens, source)
+        last = state.step == state.steps
+        asked = None if last else stop.agreed(here)
+        row: dict[str, Any] = {}
+        if state.step % cfg.log.every == 0 or state.step == 1 or last:
+            row = log_row(state, measured, clock, reader.waited_s)
+            gc.collect()
+        if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
+            with clock.paused():
+                losses = validate(state)
+            here.say(metrics.validation_line(state.step, losses))
+            row |= {f"val/{name}": loss for name, loss in losses.items()}
+        if row and log:
+            log.row(state.step, {"tokens": state.tokens, **row})
+        if state.step % cfg.checkpoint.every == 0 or last or asked:
+            with clock.paused():
+                save(state)
+        if asked:
+            here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
+            break
+    reader.close()
+    if log:
+        log.close()
+    return asked
+
+
+def announce(state: State) -> None:
+    """What a person wants to know before the first line appears."""
+    cfg, here = state.cfg, state.world
+    windows = state.order.segment(state.step).batch_windows
+    micro_steps = math.ceil(windows / (state.micro_batch * here.size))
+    here.say(
+        f"{cfg.name}: {show_count(costs.parameters(cfg.model))} parameters, {state.steps} steps of "
+        f"{show_count(windows * cfg.data.seq_len)} tokens on {here.size} x {here.device.type}"
+    )
+    here.say(
+        f"{micro_steps} micro-steps per step, each {state.micro_batch} windows of "
+        f"{cfg.data.seq_len} tokens per process; {state.dtype}, attention: {state.model.attention}"
+    )
+    here.say(f"the first line comes after one step, then one every {cfg.log.every}")
+    if cfg.optim.warmup_steps >= state.steps:
+        here.say(
+            f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
+            f"{state.steps} steps: the learning rate never reaches {cfg.optim.lr}"
+        )
+    for name in sorted(set(state.sources) - set(state.valid)):
+        here.say(f"no validation for {name}: its held-out documents fill no window")
+
+
+def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float) -> dict[str, Any]:
+    """Numbers of a log step; reading them waits for the device. Rank 0 prints the line."""
+    cfg, here = state.cfg, state.world
+    loss, norm = float(measured.loss), float(measured.grad_norm)
+    rate, waiting = clock.read(state.tokens, waited_s)
+    cuda = here.device.type == "cuda"
+    peak = costs.peak_flops(torch.cuda.get_device_name(here.device)) if cuda else None
+    causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
+    each = rate / here.size
+    row: dict[str, Any] = {
+        "branch": 0,
+        "loss": loss,
+        "lr": optim.learning_rate(cfg.optim, state.step - 1, state.steps),
+        "grad_norm": norm,
+        "tokens_per_s": rate,
+        "tokens_per_s_gpu": each,
+        "mfu_causal": each * causal / peak if peak else None,
+        "mfu_palm": each * palm / peak if peak else None,
+        "memory_gib": memory_gib(here.device),
+        "data_wait_pct": waiting,
+        "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
+    }
+    for name, (loss_sum, tokens) in zip(state.order.names, state.window.tolist(), strict=True):
+        if tokens:
+            row[f"loss/{name}"] = loss_sum / tokens
+    state.window.zero_()
+    here.say(metrics.line(state.step, state.steps, {"tokens": state.tokens, **row}))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        here.say(f"WARNING: step {state.step} changed nothing: loss {loss}, gradient norm {norm}")
+    return row
+
+
+def memory_gib(device: torch.device) -> float:
+    """Highest memory of this process so far: the allocator's on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def dry_run(cfg: Config) -> None:
+    """Build the model on the meta device and print what the run would be; nothing is written."""
+    counts = None
+    if Path(cfg.data.path).is_dir():
+        counts = {name: source.n_tokens for name, source in open_data(cfg).items()}
+    elif cfg.model.vocab_size is None:
+        cfg.model.vocab_size = 32_000
+        print("no shards yet: a vocabulary of 32,000 is assumed")
+    with torch.device("meta"):
+        model = Transformer(cfg.model, attention="reference")
+    causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
+    size, free = costs.checkpoint_bytes(cfg.model), files.free_bytes(folder.RUNS)
+    rows = [
+        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("FLOPs per token", f"{causal / 1e9:.2f} G (causal), {palm / 1e9:.2f} G (PaLM)"),
+        ("FLOPs of the run", f"{causal * cfg.train.tokens:.3g}"),
+        ("tokens", show_count(cfg.train.tokens)),
+        ("steps", f"{config.total_steps(cfg.train):,} of {cfg.train.batch_tokens:,} tokens"),
+        ("checkpoint", f"{show_bytes(size)}, {cfg.checkpoint.keep} kept"),
+        ("free disk", show_bytes(free)),
+    ]
+    print(cli.table((cfg.name, ""), rows))
+    print()
+    assert isinstance(cfg.data.mixture, dict)
+    print(mixture.plan_table(cfg.data.mixture, int(cfg.train.tokens), counts))
+
+
+def main(argv: list[str]) -> int:
+    """Parse, then train or describe. Under torchrun rank 0 tells a user's error for all."""
+    parser = config.parser("torchrun train.py")
+    parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
+    try:
+        cfg = config.load(argv, parser)
+        if "--dry_run" in argv or "--dry-run" in argv:
+            dry_run(cfg)
+            return 0
+        return train(cfg)
+    except UserError:
+        if int(os.environ.get("RANK", 0)):
+            _wait_to_be_ended()
+        raise
+    finally:
+        world.stop()
+
+
+def _wait_to_be_ended() -> None:
+    """Leave the telling to rank 0; torchrun ends this process once rank 0 has exited."""
+    for number in signals.STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(20)
+
+
+if __name__ == "__main__":
+    cli.run(main)
