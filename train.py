@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from llama.model import Transformer
+from torch.distributed.fsdp import FSDPModule
 
+from kernels import attention
 from llama import cli, config, costs, files, optim
 from llama.cli import UserError, show_bytes, show_count
 from llama.config import Config
 from llama.data import loader, mixture, schedule, shards
+from llama.model import Transformer
 from llama.parallel import apply
 from llama.runtime import folder, metrics, signals, world
 from llama.runtime.state import State, resume, save
@@ -96,7 +98,7 @@ def validate(state: State) -> dict[str, float]:
     assert isinstance(cfg.data.mixture, dict)
     state.model.eval()
     for name, source in state.valid.items():
-        budget = int(cfg.validation.tokens * cfg.data.mixture[name])
+        budget = max(int(cfg.validation.tokens * cfg.data.mixture[name]), cfg.data.seq_len)
         tokens = loader.validation_windows(source, cfg.data.seq_len, budget)
         total = torch.zeros(2, dtype=torch.float64, device=here.device)
         # every rank makes the same number of forward passes: FSDP gathers in each
@@ -109,6 +111,9 @@ def validate(state: State) -> dict[str, float]:
         dist.all_reduce(total)
         results[name] = float(total[0] / total[1])
     state.model.train()
+    if isinstance(state.model, FSDPModule):
+        # a forward pass without a backward pass leaves the root gathered
+        state.model.reshard()
     return results
 
 
@@ -122,8 +127,9 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     micro_batch = fitting_micro_batch(cfg, here, [s.batch_windows for s in plan.segments])
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
+    backend = attention.choose(cfg.kernels.attention, here.device, dtype, cfg.model.head_dim)
     with torch.device("meta"):
-        model = Transformer(cfg.model, attention=cfg.kernels.attention)
+        model = Transformer(cfg.model, attention=backend)
     averaged_over = apply.apply(model, cfg, here.device, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
@@ -141,6 +147,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
         averaged_over=averaged_over,
         micro_batch=micro_batch,
         dtype=dtype,
+        backend=backend,
         window=torch.zeros(len(plan.names), 2, dtype=torch.float64, device=here.device),
     )
 
@@ -218,6 +225,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     log = (
         metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg)) if here.leads else None
     )
+    (state.run / folder.EXIT_REASON).unlink(missing_ok=True)
     announce(state)
     gc.collect()
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
@@ -268,9 +276,9 @@ def announce(state: State) -> None:
     )
     here.say(
         f"{micro_steps} micro-steps per step, each {state.micro_batch} windows of "
-        f"{cfg.data.seq_len} tokens per process; {state.dtype}, attention: {state.model.attention}"
+        f"{cfg.data.seq_len} tokens per process; {state.dtype}, attention: {state.backend}"
     )
-    here.say(f"the first line comes after one step, then one every {cfg.log.every}")
+    here.say(f"the first line comes after one step, then one every {cfg.log.every} steps")
     if cfg.optim.warmup_steps >= state.steps:
         here.say(
             f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
@@ -278,6 +286,7 @@ def announce(state: State) -> None:
         )
     for name in sorted(set(state.sources) - set(state.valid)):
         here.say(f"no validation for {name}: its held-out documents fill no window")
+    here.say(metrics.HEADER)
 
 
 def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """`python -m llama`: every command in pipeline order, one line and one example each."""
 
+import textwrap
+
 COMMANDS = [
     (
         "python -m llama.corpus run",
@@ -45,11 +47,18 @@ COMMANDS = [
 
 
 def listing() -> str:
-    """The table that README shows too."""
+    """The table that README shows too: at most 80 columns, examples ready to paste."""
     lines = []
     for command, purpose, example in COMMANDS:
         start = "torchrun" if command.startswith("torchrun") else command
-        lines += [f"{command:<32}{purpose}", f"    {start} {example}"]
+        wrapped = textwrap.wrap(
+            f"{start} {example}",
+            width=76,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+        )
+        lines += [f"{command:<32}{purpose}", " \\\n".join(wrapped)]
     return "\n".join(lines)
 
 

@@ -24,11 +24,15 @@ import zstandard
 
 from llama.cli import UserError
 
-# small, because one chunk of a hostile zstd frame may grow 30,000 times
 CHUNK_BYTES = 1 << 16
+# One chunk of a hostile zstd frame may grow 30,000 times, of a gzip member 1,000 times.
+ZSTD_CHUNK_BYTES = 1 << 12
 ZSTD_LEVEL = 3
 # A zstd frame may ask for a window of 2 GiB; ours need 8 MiB, downloaded ones rarely more than 128.
 ZSTD_MAX_WINDOW_BYTES = 1 << 27
+DOCUMENT_SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl")
+# What a corpus run keeps beside its documents, in the same formats.
+NO_DOCUMENTS = ("journal.jsonl", "quarantine.jsonl.zst")
 
 
 def sha256(path: str | Path) -> str:
@@ -171,7 +175,7 @@ def _decompress(file: IO[bytes], suffix: str) -> Iterator[bytes]:
     """Walk the frames (zstd) or members (gzip) of a file one after the other."""
     frame: Any = None
     frames = 0
-    while data := file.read(CHUNK_BYTES):
+    while data := file.read(ZSTD_CHUNK_BYTES if suffix == ".zst" else CHUNK_BYTES):
         while data:
             if frame is None:
                 # gzip may be padded with zeros behind a member; no header begins with one
@@ -243,6 +247,12 @@ class LineWriter:
         if kind is None and self._stream is not self._raw:
             self._stream.close()
         self._manager.__exit__(kind, error, trace)
+
+
+def document_files(folder: str | Path) -> list[Path]:
+    """Files of documents anywhere below a folder, by name; journals and quarantines are none."""
+    found = {path for suffix in DOCUMENT_SUFFIXES for path in Path(folder).rglob(f"*{suffix}")}
+    return sorted(path for path in found if path.name not in NO_DOCUMENTS)
 
 
 def read_documents(path: str | Path) -> Iterator[dict[str, Any]]:

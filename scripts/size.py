@@ -11,9 +11,7 @@ def main() -> None:
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True
     ).stdout.split()
-    files = {
-        path: Path(path).read_text() for path in sorted(set(listed)) if Path(path).exists()
-    }
+    files = {path: Path(path).read_text() for path in sorted(set(listed)) if Path(path).exists()}
     code = {path: text for path, text in files.items() if not path.startswith("tests/")}
     lines = {path: text.count("\n") for path, text in code.items()}
     functions = [

@@ -62,7 +62,6 @@ def settle(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
             checkpoint.sweep(run)
             files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
             files.write_json(run / "env.json", environment(here))
-            (run / EXIT_REASON).unlink(missing_ok=True)
             sys.stdout = Tee(run / "train.log")  # type: ignore[assignment]
         except UserError as error:
             problem = str(error)

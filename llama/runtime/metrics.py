@@ -101,22 +101,22 @@ def read_rows(run: str | Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in files.read_lines(path)]
 
 
+HEADER = (
+    f"{'step':>13}  {'tokens':>7}  {'loss':>6}  {'lr':>7}  {'gnorm':>5}  "
+    f"{'tok/s/gpu':>9}  {'mfu':>4}  {'mem':>5}  {'eta':>7}"
+)
+
+
 def line(step: int, steps: int, row: dict[str, Any]) -> str:
-    """The terminal's line of a row: at most 80 columns up to a million steps."""
-    parts = [
-        f"step {step:>{len(str(steps))}}/{steps}",
-        f"tok {show_count(row['tokens'])}",
-        f"loss {row['loss']:.4f}",
-        f"lr {row['lr']:.2e}",
-        f"gnorm {row['grad_norm']:.2f}",
-        f"{show_count(row['tokens_per_s_gpu'])} tok/s/gpu",
-    ]
-    if row.get("mfu_causal") is not None:
-        parts.append(f"mfu {100 * row['mfu_causal']:.1f}%")
-    if row.get("memory_gib") is not None:
-        parts.append(f"mem {row['memory_gib']:.1f}G")
-    parts.append(f"eta {show_seconds(row['eta_s'])}")
-    return " | ".join(parts)
+    """The terminal's line of a row, under `HEADER`: 79 columns."""
+    mfu = row.get("mfu_causal")
+    lr = f"{row['lr']:.1e}".replace("e-0", "e-")
+    return (
+        f"{f'{step}/{steps}':>13}  {show_count(row['tokens']):>7}  {row['loss']:>6.3f}  {lr:>7}  "
+        f"{row['grad_norm']:>5.2f}  {show_count(row['tokens_per_s_gpu']):>9}  "
+        f"{f'{100 * mfu:.0f}%' if mfu is not None else '-':>4}  "
+        f"{row['memory_gib']:>4.1f}G  {show_seconds(row['eta_s']):>7}"
+    )
 
 
 def validation_line(step: int, losses: dict[str, float]) -> str:

@@ -32,10 +32,11 @@ class State:
     valid: dict[str, shards.Source]
     order: order.Order
     steps: int
-    # processes the gradients are averaged over, windows per forward pass, dtype of the passes
+    # processes the gradients are averaged over; windows, dtype and attention of a forward pass
     averaged_over: int
     micro_batch: int
     dtype: torch.dtype
+    backend: str
     # (sum of token losses, tokens) per source since the last log line, float64
     window: torch.Tensor
     step: int = 0

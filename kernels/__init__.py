@@ -1,0 +1,1 @@
+"""The operations a LLaMA is made of: plain PyTorch in `reference.py`, faster ones beside it."""

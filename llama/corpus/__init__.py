@@ -1,0 +1,1 @@
+"""Raw text in, clean documents out (paper §2.1); imports no torch."""

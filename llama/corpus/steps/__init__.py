@@ -1,0 +1,1 @@
+"""Steps that recipes share: generator functions from documents to documents."""

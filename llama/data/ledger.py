@@ -1,0 +1,284 @@
+"""What a run has read: documents of a step, steps of a document, tokens per source so far.
+
+In: a run folder, that is its newest checkpoint and its shards. Out: text. Nothing was logged to
+know this: it is the data order (llama.data.order) asked forwards and backwards. The command counts
+steps as metrics.jsonl does, from 1; the functions count like the order, from 0. The data of §2.1.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from llama import cli, config, files
+from llama.cli import UserError
+from llama.data import schedule
+from llama.data.indexed import read_index
+from llama.data.order import Order, Segment, from_json
+from llama.data.shards import Source, open_sources
+from llama.data.writer import id_hash
+
+
+class Passage(NamedTuple):
+    """A stretch of one document inside one row of a batch; tokens count within the document."""
+
+    row: int
+    source: str
+    epoch: int
+    window: int
+    document: str
+    first: int
+    end: int
+    of: int
+
+
+class Place(NamedTuple):
+    """Where a document lies; tokens count within the concatenation of its split."""
+
+    source: Source
+    shard: int
+    number: int
+    first: int
+    end: int
+
+
+class Visit(NamedTuple):
+    """A row of a step's batch (counted from 0) that holds tokens of a document."""
+
+    step: int
+    row: int
+    window: int
+
+
+# -- forwards: the documents of a step -------------------------------------------------------------
+
+
+def documents_of_step(order: Order, sources: Mapping[str, Source], step: int) -> list[Passage]:
+    """Every document in the batch of ``step`` (from 0), row by row."""
+    segment, drawn = order.segment(step), order.batch(step)
+    found = []
+    wanted: dict[tuple[str, int], set[int]] = {}
+    for row, (index, epoch, window) in enumerate(zip(*map(np.ndarray.tolist, drawn), strict=True)):
+        source = sources[order.names[index]]
+        _refuse_other_shards(source, segment)
+        first = window * segment.seq_len
+        for shard, number, begin, end, of in stretches(source, first, first + segment.seq_len + 1):
+            wanted.setdefault((source.name, shard), set()).add(number)
+            found.append((row, source, epoch, window, shard, number, begin, end, of))
+    ids = {key: document_ids(sources[key[0]], key[1], numbers) for key, numbers in wanted.items()}
+    return [
+        Passage(row, source.name, epoch, window, ids[source.name, shard][number], *tokens)
+        for row, source, epoch, window, shard, number, *tokens in found
+    ]
+
+
+def stretches(source: Source, first: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(shard, document, first, end, length) of what tokens [first, end) hold of each document."""
+    while first < end:
+        shard = source.shard_at(first)
+        start = source.shards[shard].start
+        starts = _starts(source.path(shard, ".idx"))
+        stop = min(end, start + int(starts[-1]))
+        number = int(np.searchsorted(starts, first - start, side="right")) - 1
+        while first < stop:
+            begin, after = (int(at) + start for at in starts[number : number + 2])
+            if begin < after:
+                yield shard, number, first - begin, min(stop, after) - begin, after - begin
+            first, number = max(first, min(stop, after)), number + 1
+
+
+def document_ids(source: Source, shard: int, numbers: set[int]) -> dict[int, str]:
+    """Ids of some documents of a shard."""
+    lines = islice(files.read_lines(source.path(shard, ".ids.zst")), max(numbers) + 1)
+    return {n: orjson.loads(line) for n, line in enumerate(lines) if n in numbers}
+
+
+@lru_cache(maxsize=64)
+def _starts(path: Path) -> NDArray[np.int64]:
+    return read_index(path).starts
+
+
+def _refuse_other_shards(source: Source, segment: Segment) -> None:
+    now, then = source.n_windows(segment.seq_len), segment.windows[source.name]
+    if now != then:
+        raise UserError(
+            f"{source.folder} holds {now} windows of {segment.seq_len} tokens, but the run drew"
+            f" from {then}: its shards were replaced"
+        )
+
+
+# -- backwards: the steps of a document ------------------------------------------------------------
+
+
+class _Hashes:
+    """A ``.hash`` file as a sequence for bisection, a few bytes read at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "rb")
+
+    def __len__(self) -> int:
+        return os.fstat(self.file.fileno()).st_size // 8
+
+    def __getitem__(self, i: int) -> int:
+        return int.from_bytes(os.pread(self.file.fileno(), 8, 8 * i), "little")
+
+
+def locate(source: Source, document: str) -> Place | None:
+    """Where a document lies in a split, if it is there."""
+    key = id_hash(document)
+    for shard, line in enumerate(source.shards):
+        hashes = _Hashes(source.path(shard, ".hash"))
+        with hashes.file:
+            number = bisect_left(hashes, key)
+            if number == len(hashes) or hashes[number] != key:
+                continue
+        first, end = _starts(source.path(shard, ".idx"))[number : number + 2].tolist()
+        return Place(source, shard, number, line.start + first, line.start + end)
+    return None
+
+
+def steps_of_document(order: Order, place: Place, last_step: int) -> list[Visit]:
+    """Every step up to ``last_step`` (from 0) with tokens of a train document, targets included."""
+    visits = []
+    for k, segment in enumerate(order.segments):
+        if place.source.name not in segment.weights or segment.first_step > last_step:
+            continue
+        _refuse_other_shards(place.source, segment)
+        # window w holds tokens [w·T, w·T + T], both ends included
+        length = segment.seq_len
+        first = max(0, -(-place.first // length) - 1)
+        for window in range(first, (place.end - 1) // length + 1):
+            found = order.find(place.source.name, window, last_step, k)
+            visits += [Visit(step, row, window) for step, row in found]
+    return sorted(visits)
+
+
+# -- tokens per source -----------------------------------------------------------------------------
+
+
+def planned(order: Order, step: int) -> dict[str, Fraction]:
+    """Tokens that the weights give each source before a step."""
+    total = dict.fromkeys(order.names, Fraction(0))
+    ends = [s.first_step for s in order.segments[1:]] + [step]
+    for segment, end in zip(order.segments, ends, strict=True):
+        tokens = order.tokens(min(end, step)) - order.tokens(min(segment.first_step, step))
+        for name, weight in segment.weights.items():
+            total[name] += Fraction(tokens * weight, sum(segment.weights.values()))
+    return total
+
+
+def spent_table(order: Order, sources: Mapping[str, Source], step: int, steps: int) -> str:
+    """Tokens per source in the first ``step`` steps, against the weights and the whole run."""
+    now, plan, end = order.source_tokens(step), planned(order, step), order.source_tokens(steps)
+    rows = [
+        (
+            name,
+            f"{now[name]:,}",
+            f"{float(now[name] - plan[name]):+,.0f}",
+            f"{now[name] / max(1, sum(now.values())):.3%}",
+            f"{now[name] / sources[name].n_tokens:.3f}",
+            f"{end[name]:,}",
+        )
+        for name in order.names
+    ]
+    header = ("source", "tokens", "off the plan", "share", "epochs", f"at step {steps}")
+    lines = [f"{order.tokens(step):,} tokens in {step} of {steps} steps", cli.table(header, rows)]
+    skipped = {name: n for name, n in order.skipped(step).items() if n}
+    if skipped:
+        lines.append("windows passed over: " + ", ".join(f"{k} {n:,}" for k, n in skipped.items()))
+    return "\n".join(lines)
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:
+    """(configuration, order, sources, steps done) of a run folder or one of its checkpoints."""
+    run = path.parent.parent if re.fullmatch(r"step-\d+", path.name) else path
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml")
+    cfg = config.load(["--config", str(run / "config.yaml")])
+    states = [path / "state.json"] if run != path else sorted(run.glob("ckpt/step-*/state.json"))
+    if states:
+        state = files.read_json(states[-1])
+        order, step = Order(cfg.seed, from_json(state["segments"])), int(state["step"])
+        return cfg, order, open_sources(cfg.data.path, order.names), step
+    assert isinstance(cfg.data.mixture, dict)
+    sources = open_sources(cfg.data.path, cfg.data.mixture)
+    return cfg, schedule.plan(cfg, sources), sources, 0
+
+
+def main(argv: list[str]) -> None:
+    p = cli.parser("python -m llama.data.ledger", "What a run has read and will read.")
+    p.add_argument("run", type=str, help="a run folder, or one of its checkpoints")
+    p.add_argument("--step", type=int, help="list the documents of this step")
+    p.add_argument("--document", type=str, help="list the steps that see the document of this id")
+    p.add_argument("--spent", action="store_true", help="tokens per source so far")
+    args = p.parse_args(argv)
+    if (args.step is not None) + (args.document is not None) + args.spent != 1:
+        raise UserError("give one of --step N, --document ID and --spent")
+    cfg, order, sources, done = open_run(Path(args.run))
+    steps = config.total_steps(cfg.train)
+    if args.spent:
+        print(spent_table(order, sources, done, steps))
+    elif args.step is not None:
+        if not 1 <= args.step <= steps:
+            raise UserError(f"--step is {args.step}, the run has the steps 1 to {steps}")
+        print_step(order, sources, args.step, args.step <= done)
+    else:
+        valid = open_sources(cfg.data.path, sources, "valid")
+        print_document(order, sources, valid, args.document, done, steps)
+
+
+def print_step(order: Order, sources: Mapping[str, Source], step: int, done: bool) -> None:
+    rows = [
+        (p.row, p.source, p.epoch + 1, p.window, f"{p.first}-{p.end - 1} of {p.of}", p.document)
+        for p in documents_of_step(order, sources, step - 1)
+    ]
+    print(f"step {step}, {'trained' if done else 'not trained yet'}")
+    print(cli.table(("row", "source", "epoch", "window", "its tokens", "document"), rows))
+
+
+def print_document(
+    order: Order,
+    sources: Mapping[str, Source],
+    valid: Mapping[str, Source],
+    document: str,
+    done: int,
+    steps: int,
+) -> None:
+    found = False
+    for source in (*sources.values(), *valid.values()):
+        place = locate(source, document)
+        if place is None:
+            continue
+        found = True
+        where = source.path(place.shard)
+        print(f"{document}: {place.end - place.first} tokens, document {place.number} of {where}")
+        if source.split == "valid":
+            print("held out for validation: no step trains on it")
+            continue
+        visits = steps_of_document(order, place, steps - 1)
+        rows = [
+            (v.step + 1, v.row, v.window, "trained" if v.step < done else "planned") for v in visits
+        ]
+        print(
+            cli.table(("step", "row", "window", ""), rows) if rows else f"in none of {steps} steps"
+        )
+    if not found:
+        raise UserError(f"no document {document!r} in {', '.join(sources)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

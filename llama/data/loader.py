@@ -1,0 +1,163 @@
+"""Batches of token windows, read ahead of the step that needs them.
+
+In: opened sources and the order of the run. Out: tokens (B, T+1), inputs and targets overlapping in
+all but one, and the source of each row. Also the helpers for documents inside a window: paper §2.1
+packs them without masking, the loss and attention can be told to respect their borders.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from llama.cli import UserError
+from llama.data.order import Order
+from llama.data.shards import Source
+
+IGNORED = -100  # a target that counts for nothing, the convention of cross_entropy
+STALLED_AFTER_S = 900.0
+Rows = tuple[int, int]
+Read = tuple[torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """Reads the batches of an order. Has no state to save: the step is all it needs."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        order: Order,
+        ahead: int = 2,
+        stalled_after_s: float = STALLED_AFTER_S,
+        pin: bool | None = None,
+    ) -> None:
+        missing = sorted(set(order.segments[-1].weights) - set(sources))
+        if missing:
+            raise UserError(f"no shards are open for the sources {', '.join(missing)}")
+        self.sources, self.order = sources, order
+        self.ahead, self.stalled_after_s = ahead, stalled_after_s
+        self.pin = torch.cuda.is_available() if pin is None else pin
+        self.waited_s = 0.0
+        self._reading = "nothing yet"
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def batch(self, step: int, lo: int, hi: int) -> Read:
+        """Rows [lo, hi) of the global batch: tokens (hi-lo, T+1) and index into ``order.names``.
+
+        Raises ``UserError`` with file and byte for a short read or an id outside the vocabulary.
+        """
+        segment = self.order.segment(step)
+        drawn = self.order.batch(step)
+        names, length = self.order.names, segment.seq_len
+        out = torch.empty((hi - lo, length + 1), dtype=torch.int64, pin_memory=self.pin)
+        rows = out.numpy()
+        picked, windows = drawn.sources[lo:hi].tolist(), drawn.windows[lo:hi].tolist()
+        for row, (index, window) in enumerate(zip(picked, windows, strict=True)):
+            source = self.sources[names[index]]
+            if source.n_windows(length) != segment.windows[source.name]:
+                raise UserError(
+                    f"{source.folder}: {source.n_windows(length)} windows of {length} tokens, but"
+                    f" the run's order was made for {segment.windows[source.name]}"
+                )
+            self._reading = f"window {window} of {source.folder}"
+            rows[row] = source.read(window * length, length + 1)
+        # one pass over the batch; only a failure looks for the row
+        limits = {name: source.vocab_size for name, source in self.sources.items()}
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < min(limits.values()):
+            for row, (index, window) in enumerate(zip(picked, windows, strict=True)):
+                self.sources[names[index]].check_ids(rows[row], window * length)
+        return out, torch.from_numpy(drawn.sources[lo:hi].copy())
+
+    def steps(
+        self, first_step: int, end_step: int, rows: Callable[[int], Rows]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """(step, tokens, sources) of steps [first, end), read by a thread in the background.
+
+        ``rows(step)`` is this process's share of the global batch. What fails in the thread is
+        raised here; a read that hangs is named after ``stalled_after_s``.
+        """
+        self.close()
+        self._stop = stop = threading.Event()
+        ready: queue.Queue[Any] = queue.Queue(self.ahead)
+        self._thread = threading.Thread(
+            target=self._read_ahead, args=(range(first_step, end_step), rows, ready, stop)
+        )
+        self._thread.daemon = True
+        self._thread.start()
+        try:
+            for step in range(first_step, end_step):
+                began = time.monotonic()
+                got = self._next(ready, began)
+                self.waited_s += time.monotonic() - began
+                if isinstance(got, BaseException):
+                    raise got
+                yield step, *got
+        finally:
+            stop.set()
+
+    def close(self) -> None:
+        """End the background thread; the sources stay open."""
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+        self._thread = None
+
+    def _read_ahead(
+        self,
+        steps: range,
+        rows: Callable[[int], Rows],
+        ready: queue.Queue[Any],
+        stop: threading.Event,
+    ) -> None:
+        for step in steps:
+            try:
+                item: Any = self.batch(step, *rows(step))
+            except BaseException as error:
+                item = error
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if stop.is_set() or isinstance(item, BaseException):
+                return
+
+    def _next(self, ready: queue.Queue[Any], began: float) -> Any:
+        while True:
+            try:
+                return ready.get(timeout=0.5)
+            except queue.Empty:
+                waited = time.monotonic() - began
+                if waited > self.stalled_after_s:
+                    raise TimeoutError(
+                        f"no batch for {waited:.0f} s: still reading {self._reading}"
+                    ) from None
+
+
+def validation_windows(source: Source, seq_len: int, budget: int) -> torch.Tensor:
+    """The first windows (n, T+1) of a valid split, as many as ``budget`` tokens hold."""
+    n = min(source.n_windows(seq_len), budget // seq_len)
+    out = torch.empty((n, seq_len + 1), dtype=torch.int64)
+    for window, row in enumerate(out.numpy()):
+        tokens = source.read(window * seq_len, seq_len + 1)
+        source.check_ids(tokens, window * seq_len)
+        row[:] = tokens
+    return out
+
+
+def document_ids(tokens: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Document of each token (B, T) within its window: the EOS before it. EOS ends its own."""
+    ends = (tokens == eos_id).to(torch.int32)
+    return ends.cumsum(-1, dtype=torch.int32) - ends
+
+
+def drop_boundary_targets(inputs: torch.Tensor, targets: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Targets (B, T) with those that an EOS would have to predict ignored."""
+    return targets.masked_fill(inputs == eos_id, IGNORED)

@@ -1,0 +1,119 @@
+"""Tokens and epochs of every source in a run, beside those of the paper.
+
+In: a run's configuration with its shards, or a mixture with token counts. Out: a table. With the
+counts of RedPajama-1T and 1.4T tokens it shows how far that data is from Table 1 (§2.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import ROUND_HALF_UP, Decimal
+from fractions import Fraction
+
+from llama import cli, config
+from llama.cli import UserError
+from llama.data.order import integer_weights
+from llama.data.shards import open_sources
+
+# Table 1: epochs over each source in the 1.4T tokens of the 33B and 65B models.
+PAPER_EPOCHS = {
+    "commoncrawl": 1.10,
+    "c4": 1.06,
+    "github": 0.64,
+    "wikipedia": 2.45,
+    "books": 2.23,
+    "arxiv": 1.06,
+    "stackexchange": 1.03,
+}
+MANY_EPOCHS = 4  # repeating data beyond this gives little (Muennighoff et al., 2023)
+
+
+def epochs(tokens: int, share: Fraction, source_tokens: int) -> Fraction:
+    """How often a run of ``tokens`` reads a source that gets this share of them."""
+    return tokens * share / source_tokens
+
+
+def plan_table(
+    weights: Mapping[str, float], tokens: int, source_tokens: Mapping[str, int] | None = None
+) -> str:
+    """The table of a run of ``tokens``, with the integer weights that it would use.
+
+    Without ``source_tokens`` (no shards yet) what depends on them is left open.
+    """
+    integers = integer_weights(weights)
+    total, weight_sum = sum(integers.values()), math.fsum(weights.values())
+    rows, often = [], []
+    for name, weight in integers.items():
+        share, has, passes = Fraction(weight, total), "-", "-"
+        if source_tokens is not None:
+            exact = epochs(tokens, share, source_tokens[name])
+            has, passes = cli.show_count(source_tokens[name]), _two_places(exact)
+            often += [name] if exact > MANY_EPOCHS else []
+        draws = cli.show_count(float(tokens * share))
+        paper = f"{PAPER_EPOCHS[name]:.2f}" if name in PAPER_EPOCHS else "-"
+        rows.append((name, f"{weights[name] / weight_sum:.3%}", has, draws, passes, paper))
+    header = ("source", "weight", "has tokens", "run draws", "epochs", "paper's")
+    lines = [cli.table(header, rows)]
+    off = max(abs(weights[n] / weight_sum - integers[n] / total) for n in integers)
+    if off > 1e-12:
+        lines.append(f"weights rounded to n/{total}, each off by at most {off:.2e}")
+    if often:
+        lines.append(f"read more than {MANY_EPOCHS} times: {', '.join(often)}")
+    return "\n".join(lines)
+
+
+def _two_places(value: Fraction) -> str:
+    """Halves round up, as in printed tables: 2.625 is 2.63."""
+    exact = Decimal(value.numerator) / Decimal(value.denominator)
+    return str(exact.quantize(Decimal("0.01"), ROUND_HALF_UP))
+
+
+def parse_counts(text: str) -> dict[str, int]:
+    """``commoncrawl=878B,c4=175B`` as counts."""
+    counts = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise UserError(f"--source_tokens: {part!r} is not of the form source=175B")
+        counts[name.strip()] = cli.count(value)
+    for name, n in counts.items():
+        if n <= 0:
+            raise UserError(f"--source_tokens: {name} has {n} tokens, expected more than 0")
+    return counts
+
+
+def main(argv: list[str]) -> None:
+    """Either a configuration, or counts with a mixture and a number of tokens."""
+    p = config.parser("python -m llama.data.mixture")
+    p.add_argument(
+        "--source_tokens", type=str, help="commoncrawl=878B,c4=175B,... in place of shards"
+    )
+    p.add_argument("--tokens", type=str, help="tokens of the run, with --source_tokens")
+    p.add_argument("--mixture", type=str, help="YAML of source: weight, with --source_tokens")
+    args = p.parse_args(argv)
+    if args.source_tokens:
+        if not (args.tokens and args.mixture):
+            raise UserError("--source_tokens needs --tokens and --mixture as well")
+        weights, counts = config.read_mixture(args.mixture), parse_counts(args.source_tokens)
+        if set(weights) != set(counts):
+            odd = ", ".join(sorted(set(weights) ^ set(counts)))
+            raise UserError(f"--source_tokens and {args.mixture} differ in their sources: {odd}")
+        print(plan_table(weights, cli.count(args.tokens), counts))
+        return
+    if args.tokens or args.mixture:
+        raise UserError(
+            "--tokens and --mixture go with --source_tokens; with --config use its keys"
+        )
+    cfg = config.load(argv, p)
+    assert isinstance(cfg.data.mixture, dict)
+    sources = open_sources(cfg.data.path, cfg.data.mixture)
+    counts = {name: source.n_tokens for name, source in sources.items()}
+    for name, n in counts.items():
+        if not sources[name].n_windows(cfg.data.seq_len):
+            raise UserError(f"source {name!r} has {n} tokens, no window of {cfg.data.seq_len}")
+    print(plan_table(cfg.data.mixture, int(cfg.train.tokens), counts))
+
+
+if __name__ == "__main__":
+    cli.run(main)

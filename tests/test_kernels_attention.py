@@ -1,0 +1,116 @@
+"""Backends of causal attention: equal to the reference, and clear about what they refuse."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import attention as kernel
+from kernels import reference
+
+
+@pytest.fixture(autouse=True)
+def seeded(rng: random.Random) -> None:
+    torch.manual_seed(rng.randrange(2**31))
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str) -> list[Tensor]:
+    """Output and gradients under a fixed, uneven weighting of the outputs."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = kernel.attention(q, k, v, doc_ids, backend)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), (q, k, v))]
+
+
+@pytest.mark.parametrize("documents", ["none", "ids", "mask"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (17, 17, 4, 4), (127, 127, 8, 2), (5, 40, 4, 1)])
+@pytest.mark.parametrize("D", [8, 32, 80])
+def test_sdpa_equals_the_reference(documents: str, shape: tuple[int, ...], D: int) -> None:
+    T, S, H, K = shape
+    # as the model has it: a slice of something larger, not contiguous
+    q = torch.randn(2, T, H, D + 3, dtype=torch.float64)[..., :D]
+    k, v = torch.randn(2, 2, S + 5, K, D, dtype=torch.float64)[:, :, :S]
+    doc_ids: Tensor | None = None
+    if documents != "none":
+        doc_ids = (torch.rand(2, S) < 0.1).cumsum(1)
+    given = doc_ids
+    if documents == "mask":
+        assert doc_ids is not None
+        given = kernel.document_mask(doc_ids, T, "sdpa")
+    result = run(q, k, v, given, "sdpa")
+    for ours, exact in zip(result, run(q, k, v, doc_ids, "reference"), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+def test_a_later_token_and_another_document_are_never_seen() -> None:
+    q, k, v = torch.randn(3, 1, 20, 2, 16)
+    doc_ids = (torch.arange(20) >= 12).long()[None]
+    for backend in kernel.BACKENDS:
+        before = kernel.attention(q, k, v, doc_ids, backend)
+        k2, v2 = k.clone(), v.clone()
+        k2[:, 7], v2[:, 7] = 1e4, 1e4
+        after = kernel.attention(q, k2, v2, doc_ids, backend)
+        assert torch.equal(before[:, :7], after[:, :7])
+        assert torch.equal(before[:, 12:], after[:, 12:])
+        assert not torch.equal(before[:, 7:12], after[:, 7:12])
+
+
+def test_choose() -> None:
+    assert kernel.choose("auto") == "sdpa"
+    assert kernel.choose("reference") == "reference"
+    for name in ("triton", "gluon", "xformers", "flash"):
+        with pytest.raises(ValueError, match=f"'{name}'.*bfloat16.*128.*auto, sdpa and reference"):
+            kernel.choose(name, "cuda", torch.bfloat16, 128)
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "doc_ids", "words"),
+    [
+        (ones(2, 3, 4), ones(2, 3, 4, 8), ones(2, 3, 4, 8), None, r"q has shape \(2, 3, 4\)"),
+        (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 4, 4, 8), None, "shapes disagree.*v"),
+        (ones(2, 3, 4, 8), ones(1, 3, 4, 8), ones(1, 3, 4, 8), None, "shapes disagree.*k"),
+        (ones(2, 3, 4, 8), ones(2, 3, 3, 8), ones(2, 3, 3, 8), None, "4 heads.*3 key/value"),
+        (ones(2, 4, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), None, "4 tokens.*3 of k"),
+        (
+            ones(2, 3, 4, 8),
+            ones(2, 3, 4, 8),
+            ones(2, 3, 4, 8, dtype=torch.float64),
+            None,
+            "v is torch.float64",
+        ),
+        (
+            ones(2, 3, 4, 8, dtype=torch.int64),
+            ones(2, 3, 4, 8, dtype=torch.int64),
+            ones(2, 3, 4, 8, dtype=torch.int64),
+            None,
+            "q is torch.int64",
+        ),
+        (
+            ones(2, 3, 4, 8),
+            ones(2, 3, 4, 8).to("meta"),
+            ones(2, 3, 4, 8),
+            None,
+            "k is on meta, q on cpu",
+        ),
+        (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 4).long(), "doc_ids"),
+        (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3), "doc_ids.*float32"),
+    ],
+)
+def test_bad_arguments_are_named(
+    q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        kernel.attention(q, k, v, doc_ids)
+
+
+def test_the_mask_is_that_of_the_ids() -> None:
+    doc_ids = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    mask = reference.visible(3, doc_ids)
+    assert mask.shape == (1, 1, 3, 6)
+    truth = [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1]]
+    assert mask[0, 0].int().tolist() == truth

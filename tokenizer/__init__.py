@@ -1,0 +1,1 @@
+"""Tokenizer (paper §2.1): `tokenizer.tokenizer` encodes and decodes, `tokenizer.train` trains."""

@@ -1,0 +1,350 @@
+"""Train the tokenizer: `python -m tokenizer.train --input data/mine/documents --output ...`.
+
+In: documents per source and the weights of a mixture. Out: a folder with tokenizer.model, a
+SentencePiece BPE model with digits split and byte fallback (paper §2.1), and manifest.json, which
+says what it was made from. The same documents and options give the same bytes.
+"""
+
+import hashlib
+import heapq
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from llama import cli, config, files
+from llama.cli import UserError
+from tokenizer.tokenizer import Tokenizer
+
+# What is not for the user to choose. The trainer writes its options into the model, so the number
+# of threads is fixed lest the same text give other bytes on another machine.
+FIXED: dict[str, Any] = {
+    "model_type": "bpe",
+    "split_digits": True,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": True,
+    "allow_whitespace_only_pieces": True,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    "hard_vocab_limit": True,
+    "shuffle_input_sentence": False,
+    "num_threads": 16,
+}
+SMALLEST_VOCAB = 3 + 256 + 1  # unk, BOS, EOS, the bytes, and a character
+
+# The trainer marks uncovered characters with this one and leaves out lines that hold it.
+RESERVED = "\u2585"
+
+DOCUMENTS = ("*.jsonl.zst", "*.jsonl.gz", "*.jsonl")
+# A corpus run keeps these beside its documents.
+NO_DOCUMENTS = ("journal.jsonl", "quarantine.jsonl.zst")
+# A source much larger than its share is not read to its end: files in the order of a hash of their
+# name, until they held this many times the share.
+READ_TIMES = 4
+# Text per source and language on which bytes per token are measured.
+MEASURED_BYTES = 2_000_000
+
+
+@dataclass
+class Sample:
+    """Documents of one source to learn from, in the order of a hash of their id."""
+
+    documents: list[tuple[str, str]] = field(default_factory=list)  # text, language
+    bytes: int = 0
+    files_read: int = 0
+    passes: float = 1.0
+
+    def texts(self) -> Iterator[str]:
+        """The texts `passes` times; the last pass may end early."""
+        left = self.passes * self.bytes
+        while left > 0 and self.bytes:
+            for text, _ in self.documents:
+                if left <= 0:
+                    break
+                left -= len(text.encode())
+                yield text
+
+
+def find_sources(folder: Path, weights: dict[str, float] | None) -> dict[str, list[Path]]:
+    """Document files of the sources to learn from; `UserError` for one that has none."""
+    if not folder.is_dir():
+        raise UserError(f"--input {folder} is no folder")
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not there:
+        raise UserError(f"--input {folder} holds no folder of documents per source")
+    found = {}
+    for name in sorted(weights or there):
+        paths = {path for pattern in DOCUMENTS for path in (folder / name).rglob(pattern)}
+        found[name] = sorted(path for path in paths if path.name not in NO_DOCUMENTS)
+        if not found[name]:
+            raise UserError(f"source {name} has no documents ({', '.join(DOCUMENTS)}) in {folder}")
+    if weights and (others := [name for name in there if name not in weights]):
+        print(f"not in the mixture and left out: {', '.join(others)}")
+    return found
+
+
+def sample(
+    paths: Sequence[Path], source: str, budget: float, seed: int, progress: cli.Progress
+) -> Sample:
+    """The documents of a source whose hashes are smallest, just as many as fill the budget."""
+    heap: list[tuple[int, str, str, str, int]] = []
+    result, seen = Sample(), 0
+    for path in sorted(paths, key=lambda path: _hash(seed, source, path.name)):
+        if seen >= READ_TIMES * budget:
+            break
+        result.files_read += 1
+        progress.update(1, source)
+        for document in files.read_documents(path):
+            text, meta = document["text"], document.get("meta") or {}
+            language = str(meta.get("lang") or meta.get("language") or "-")
+            size = len(text.encode())
+            rank = -_hash(seed, source, document["id"])
+            heapq.heappush(heap, (rank, document["id"], text, language, size))
+            result.bytes += size
+            seen += size
+            while result.bytes - heap[0][-1] >= budget:
+                result.bytes -= heapq.heappop(heap)[-1]
+    result.documents = [(text, language) for _, _, text, language, _ in sorted(heap, reverse=True)]
+    if not result.bytes:
+        raise UserError(f"source {source} holds no text")
+    return result
+
+
+def _hash(*parts: object) -> int:
+    joined = "\0".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest())
+
+
+def balance(samples: dict[str, Sample], weights: dict[str, float], sample_bytes: int) -> None:
+    """Set the passes over each source so that their bytes stand in the proportion of the weights.
+
+    All together are no more than was asked for, and no more than there is: sources with more than
+    their share give a part, those with less are read again.
+    """
+    total = min(sample_bytes, sum(s.bytes for s in samples.values()))
+    for name, s in samples.items():
+        s.passes = total * weights[name] / s.bytes
+
+
+def training_lines(text: str, max_bytes: int) -> tuple[list[str], int]:
+    """The lines of a text as the trainer takes them, and how many had to be cut for that.
+
+    Newlines are never in them, so that no piece holds one and the newline stays a byte piece.
+    """
+    cut = text.count(RESERVED)
+    lines: list[str] = []
+    for line in text.replace(RESERVED, "\n").split("\n"):
+        if 4 * len(line) > max_bytes and len(data := line.encode()) > max_bytes:
+            cut += 1
+            lines += _cut(data, max_bytes)
+        elif line:
+            lines.append(line)
+    return lines, cut
+
+
+def _cut(data: bytes, max_bytes: int) -> Iterator[str]:
+    while len(data) > max_bytes:
+        # the trainer puts a space before each line: it stands for the one at which we cut
+        space = data.rfind(b" ", 1, max_bytes + 1)
+        head = data[:space] if space > 0 else data[:max_bytes].decode(errors="ignore").encode()
+        yield head.decode()
+        data = data[len(head) + (space > 0) :]
+    if data:
+        yield data.decode()
+
+
+def train(lines: Iterable[str], vocab_size: int, coverage: float, max_line_bytes: int) -> bytes:
+    """A SentencePiece model; `UserError` with the nearest size that works if this one does not."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            character_coverage=coverage,
+            max_sentence_length=max_line_bytes,
+            minloglevel=2,
+            **FIXED,
+        )
+    except RuntimeError as error:
+        if found := re.search(r"set it to a value <= (\d+)", str(error)):
+            raise UserError(
+                f"vocab_size {vocab_size} is too large for this text: {found[1]} is the largest"
+                " that fits"
+            ) from error
+        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            raise UserError(
+                f"vocab_size {vocab_size} is too small for the characters of this text: it takes"
+                f" {found[1]}, or a lower character_coverage"
+            ) from error
+        raise
+    return model.getvalue()
+
+
+def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> dict[str, float]:
+    """Language -> bytes per token, on the first texts of each."""
+    sizes: dict[str, list[int]] = {}
+    for text, language in documents:
+        size = sizes.setdefault(language, [0, 0])
+        if size[0] < MEASURED_BYTES and text:
+            size[0] += len(text.encode())
+            size[1] += len(tokenizer.encode_array(text))
+    return {name: text / ids for name, (text, ids) in sorted(sizes.items()) if ids}
+
+
+def report(manifest: dict[str, Any]) -> str:
+    """The tables a training ends with."""
+    sampled, measured = [], []
+    for name, s in manifest["sources"].items():
+        text, passes = cli.show_bytes(s["bytes"]), f"{s['passes']:.2f}"
+        sampled.append((name, f"{s['weight']:.4f}", f"{s['documents']:,}", text, passes))
+        measured += [(name, lang, f"{x:.2f}") for lang, x in s["bytes_per_token"].items()]
+    tables = (
+        cli.table(("source", "weight", "documents", "text", "passes"), sampled),
+        cli.table(("source", "language", "bytes/token"), measured),
+        f"{manifest['lines']:,} lines; {manifest['lines_cut']:,} were too long and are cut",
+    )
+    return "\n\n".join(tables)
+
+
+def sample_all(
+    sources: dict[str, list[Path]], weights: dict[str, float] | None, size: int, seed: int
+) -> tuple[dict[str, Sample], dict[str, float]]:
+    """A sample per source and the weights; without weights, those of the sources' own sizes."""
+    shares = weights
+    if shares is None:
+        disk = {name: sum(p.stat().st_size for p in paths) for name, paths in sources.items()}
+        shares = {name: bytes_ / sum(disk.values()) for name, bytes_ in disk.items()}
+    samples = {}
+    with cli.Progress("read", sum(map(len, sources.values())), "files") as progress:
+        for name, paths in sources.items():
+            samples[name] = sample(paths, name, size * shares[name], seed, progress)
+    if weights is None:
+        total = sum(s.bytes for s in samples.values())
+        weights = {name: s.bytes / total for name, s in samples.items()}
+    balance(samples, weights, size)
+    return samples, weights
+
+
+def make(args: Any, sources: dict[str, list[Path]], plan: dict[str, Any]) -> dict[str, Any]:
+    """Train and write the folder; returns its manifest."""
+    samples, weights = sample_all(sources, plan["mixture"], args.sample_bytes, args.seed)
+    count: Counter[str] = Counter()
+
+    def lines() -> Iterator[str]:
+        for s in samples.values():
+            for text in s.texts():
+                taken, cut = training_lines(text, args.max_line_bytes)
+                count.update(lines=len(taken), lines_cut=cut)
+                yield from taken
+
+    print(f"training on {cli.show_bytes(sum(s.passes * s.bytes for s in samples.values()))}")
+    model = train(lines(), args.vocab_size, args.character_coverage, args.max_line_bytes)
+    with files.atomic_folder(args.output) as folder:
+        (folder / "tokenizer.model").write_bytes(model)
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        manifest = {
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "sentencepiece": sentencepiece.__version__,
+            "trainer": FIXED,
+            "plan": plan,
+            **count,
+            "sources": {
+                name: {
+                    "weight": weights[name],
+                    "documents": len(s.documents),
+                    "bytes": s.bytes,
+                    "passes": round(s.passes, 4),
+                    "files_read": s.files_read,
+                    "files": len(sources[name]),
+                    "bytes_per_token": bytes_per_token(tokenizer, s.documents),
+                }
+                for name, s in samples.items()
+            },
+        }
+        files.write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def _plan(
+    args: Any, sources: dict[str, list[Path]], weights: dict[str, float] | None
+) -> dict[str, Any]:
+    """What the bytes of the model follow from: options, weights, and files by name and size."""
+    folder = Path(args.input)
+    listed = [
+        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        for paths in sources.values()
+        for path in paths
+    ]
+    options = ("vocab_size", "character_coverage", "sample_bytes", "max_line_bytes", "seed")
+    return {
+        **{name: getattr(args, name) for name in options},
+        "mixture": weights,
+        "inputs": hashlib.sha256(repr(listed).encode()).hexdigest(),
+    }
+
+
+def _parser() -> cli.Parser:
+    p = cli.parser(
+        "python -m tokenizer.train",
+        "Train a SentencePiece tokenizer on documents, source by source.",
+    )
+    number = config.Count
+    p.add_argument("--config", action="config", help="YAML file of these options")
+    p.add_argument("--input", type=str, required=True, help="folder of documents, one per source")
+    p.add_argument("--output", type=str, required=True, help="folder to make: tokenizer.model, ...")
+    p.add_argument("--mixture", type=str | None, help="YAML of source: weight; else by size")
+    p.add_argument("--vocab_size", type=number, default=number(32_000), help="pieces, exactly")
+    p.add_argument("--character_coverage", type=float, default=0.9999, help="share with a piece")
+    p.add_argument("--sample_bytes", type=number, default=number(10**9), help="text to learn from")
+    p.add_argument(
+        "--max_line_bytes", type=number, default=number(4192), help="longer ones are cut"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the choice of documents")
+    return p
+
+
+def _check(args: Any) -> None:
+    if args.vocab_size < SMALLEST_VOCAB:
+        raise UserError(f"vocab_size is {args.vocab_size}, expected {SMALLEST_VOCAB} or more")
+    if not 0.98 <= args.character_coverage <= 1:
+        raise UserError(f"character_coverage is {args.character_coverage}, expected 0.98 to 1")
+    if args.sample_bytes < 1:
+        raise UserError(f"sample_bytes is {args.sample_bytes}, expected 1 or more")
+    if not 16 <= args.max_line_bytes <= 1 << 30:
+        raise UserError(f"max_line_bytes is {args.max_line_bytes}, expected 16 to {1 << 30}")
+
+
+def main(argv: list[str]) -> None:
+    args = _parser().parse_args(argv)
+    _check(args)
+    weights = config.read_mixture(args.mixture) if args.mixture else None
+    sources = find_sources(Path(args.input), weights)
+    plan = _plan(args, sources, weights)
+    output = Path(args.output)
+    if output.exists():
+        made = output / "manifest.json"
+        manifest = files.read_json(made) if made.exists() else {}
+        if manifest.get("plan") != plan:
+            raise UserError(
+                f"{output} was made with other options or documents:"
+                " remove it or take another --output"
+            )
+        print(f"{output} is there already")
+    else:
+        manifest = make(args, sources, plan)
+    print(report(manifest))
+
+
+if __name__ == "__main__":
+    cli.run(main)
