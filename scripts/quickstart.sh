@@ -26,7 +26,7 @@ if [ ! -e "$data/tokenizer" ]; then
         --output "$data/tokenizer"
 fi
 echo_run python -m llama.data.tokenize --input "$data/documents" --tokenizer "$data/tokenizer" \
-    --output "$data/tokens" --valid_per_10k 200
+    --output "$data/tokens" --valid_per_10k 500
 if grep -qs '"done"' runs/quickstart/EXIT_REASON; then
     printf '\nruns/quickstart is trained already: remove it to train again\n'
 else

@@ -334,6 +334,25 @@ def test_two_at_once_are_refused(
     run()
 
 
+def test_full_disk_is_told_and_leaves_no_part(
+    rng: random.Random, tmp_path: Path, tokenizer: Path
+) -> None:
+    """Stood in for by a limit on the size of a file."""
+    make_documents(rng, tmp_path / "documents", "web", 2, 200)
+    for workers in (1, 2):
+        args = arguments(tmp_path, tokenizer, "tokens", {"workers": workers, "shard_tokens": 100})
+        command = [sys.executable, "-m", "llama.data.tokenize", *args]
+        limit = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (9000, -1)); "
+        run = f"import os; os.execv({sys.executable!r}, {command!r})"
+        done = subprocess.run([sys.executable, "-c", limit + run], capture_output=True, text=True)
+        assert done.returncode == 2 and "File too large" in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list((tmp_path / "tokens").rglob("*.part-*"))
+        assert not list((tmp_path / "tokens").rglob("manifest.json"))
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert shards.check(tmp_path / "tokens")[1] == []
+
+
 def test_a_worker_that_dies_is_told(
     rng: random.Random, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

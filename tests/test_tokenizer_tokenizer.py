@@ -1,5 +1,6 @@
 """The tokenizer against sentencepiece itself: the same ids for every text, whatever the model."""
 
+import hashlib
 import io
 import random
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+
 from tokenizer import tokenizer as module
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.train import FIXED, training_lines
@@ -147,7 +149,10 @@ def test_whole_files_and_every_character(tokenizer: Tokenizer, model: Path) -> N
         assert tokenizer.decode(array) == text.replace(SPACE, " ")
 
 
-@pytest.mark.parametrize("unit", ["a", "=", "é", "ab(", "’", "\0", "0", "x\n"])
+SLOW = [pytest.param(unit, marks=pytest.mark.slow) for unit in "a=é’0\0"]
+
+
+@pytest.mark.parametrize("unit", ["ab(", "x\n", *SLOW])
 def test_lines_of_megabytes_without_a_space(
     tokenizer: Tokenizer, model: Path, unit: str, rng: random.Random
 ) -> None:
@@ -209,7 +214,7 @@ def test_chunks_end_where_two_characters_say_so(
         assert ends == {i for i in range(1, len(value)) if border(value[i - 1], value[i])}, value
     assert tokenizer._split == module._FINE.findall
     for char in (chr(i) for i in range(128, 0x110000) if re.fullmatch(module._LETTER, chr(i))):
-        script = unicodedata.name(char).split()[0]
+        script = unicodedata.name(char, "GREEK unassigned").split()[0]
         assert script in ("LATIN", "GREEK", "CYRILLIC"), (char, script)
 
 
@@ -224,6 +229,19 @@ def test_the_cache_is_bounded(
         assert len(tokenizer._cache) <= 50 and len(tokenizer._cache.old) <= 50
         assert all(len(c) <= module.CACHE_CHARS for c in tokenizer._cache)
     assert tokenizer._cache.old
+
+
+def test_chunks_used_again_stay_when_a_generation_ends(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CACHE_CHUNKS", 10)
+    tokenizer = Tokenizer(model)
+    asked: list[str] = []
+    encode = tokenizer._cache.encode
+    tokenizer._cache.encode = lambda chunk: asked.append(chunk) or encode(chunk)
+    for i in range(100):
+        tokenizer.encode(f"always {chr(0x4E00 + i)}")
+    assert asked.count(" always") == 1 and len(asked) > 100
 
 
 def test_a_lone_surrogate_is_named_and_leaves_nothing_behind(model: Path) -> None:
@@ -271,7 +289,9 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "unigram")) for n in MODELS]
+)
 def test_foreign_models_give_their_own_ids(name: str, tmp_path: Path, rng: random.Random) -> None:
     options, chunks = MODELS[name]
     path = train(tmp_path / "foreign.model", vocab_size=1500, **options)
@@ -288,6 +308,15 @@ def test_foreign_models_give_their_own_ids(name: str, tmp_path: Path, rng: rando
         assert tokenizer.encode(value) == expected(value), repr(value)
 
 
+def without_options(model: bytes) -> int:
+    """Where the pieces end: each is field 1, here shorter than 128 bytes."""
+    at = 0
+    while model[at] == 0x0A:
+        assert model[at + 1] < 128
+        at += 2 + model[at + 1]
+    return at
+
+
 def with_pieces(model: bytes, number: int) -> bytes:
     """The model with so many more pieces: protobuf messages {piece, score} in field 1."""
     extra = []
@@ -296,6 +325,33 @@ def with_pieces(model: bytes, number: int) -> bytes:
         body = b"\x0a" + bytes([len(name)]) + name + b"\x15" + struct.pack("<f", -1e6 - i)
         extra.append(b"\x0a" + bytes([len(body)]) + body)
     return model + b"".join(extra)
+
+
+def with_unused(model: bytes, rng: random.Random) -> bytes:
+    """The model with a third of its longer pieces marked unused: type 5 in field 3."""
+    at, end, pieces = 0, without_options(model), []
+    while at < end:
+        body = model[at + 2 : at + 2 + model[at + 1]]
+        at += 2 + len(body)
+        # BPE pieces carry no type; characters, at the end, must stay
+        if len(pieces) > 259 and len(body) > 9 and b"\x18" not in body[-2:] and rng.random() < 0.3:
+            body += b"\x18\x05"
+        pieces.append(b"\x0a" + bytes([len(body)]) + body)
+    return b"".join(pieces) + model[end:]
+
+
+def test_crafted_models_give_their_own_ids(model: Path, tmp_path: Path, rng: random.Random) -> None:
+    blob, path = model.read_bytes(), tmp_path / "crafted.model"
+    crafted = {"has unused pieces": with_unused(blob, rng)}
+    crafted["leaves spaces"] = blob + b"\x1a\x02\x28\x00"  # normalizer_spec.escape_whitespaces
+    for reason, data in crafted.items():
+        path.write_bytes(data)
+        with pytest.warns(UserWarning, match=f"crafted.model {reason}"):
+            tokenizer = Tokenizer(path)
+        expected, text = reference(path), texts(rng, path)
+        for _ in range(500):
+            value = text()
+            assert tokenizer.encode(value) == expected(value), repr(value)
 
 
 @pytest.mark.parametrize("size", [65_536, 65_537])
@@ -325,15 +381,13 @@ def test_what_is_no_model_is_refused_by_name(model: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_cut_behind_its_pieces_is_refused(model: Path, tmp_path: Path) -> None:
-    whole = model.read_bytes()
-    at = 0
-    while whole[at] == 0x0A:
-        assert whole[at + 1] < 128
-        at += 2 + whole[at + 1]
-    path = tmp_path / "cut.model"
-    path.write_bytes(whole[:at])
-    with pytest.raises(ValueError, match="cut.model"):
-        Tokenizer(path)
+    # without byte pieces sentencepiece itself would take it, as a model of another kind
+    other = train(tmp_path / "other.model", byte_fallback=False)
+    for whole in (model.read_bytes(), other.read_bytes()):
+        path = tmp_path / "cut.model"
+        path.write_bytes(whole[: without_options(whole)])
+        with pytest.raises(ValueError, match="cut.model"):
+            Tokenizer(path)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3000, 2**40])
@@ -343,6 +397,4 @@ def test_decoding_refuses_what_is_no_id(tokenizer: Tokenizer, wrong: int) -> Non
 
 
 def test_the_hash_is_the_file_s(tokenizer: Tokenizer, model: Path) -> None:
-    import hashlib
-
     assert tokenizer.sha256 == hashlib.sha256(model.read_bytes()).hexdigest()

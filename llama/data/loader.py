@@ -71,7 +71,8 @@ class Loader:
         limits = {name: source.vocab_size for name, source in self.sources.items()}
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < min(limits.values()):
             for row, (index, window) in enumerate(zip(picked, windows, strict=True)):
-                self.sources[names[index]].check_ids(rows[row], window * length)
+                source = self.sources[names[index]]
+                source.check_ids(rows[row].astype(source.dtype), window * length)
         return out, torch.from_numpy(drawn.sources[lo:hi].copy())
 
     def steps(

@@ -117,8 +117,10 @@ class Source:
             except OSError as error:
                 raise UserError(f"{self.path(k)}: byte {byte}: {error.strerror}") from error
             if not data:
+                ends = os.fstat(self._file(k)).st_size
                 raise UserError(
-                    f"{self.path(k)} ends at byte {byte}, {size} bytes before the tokens asked for"
+                    f"{self.path(k)} ends at byte {ends}, but tokens up to byte {byte + size} were"
+                    " there when it was opened"
                 )
             parts.append(data)
             byte, size = byte + len(data), size - len(data)
@@ -212,6 +214,14 @@ def open_sources(
                     f"{folder}: sources differ in {key}:"
                     f" {values[first]} in {first}, {value} in {name}"
                 )
+    model = folder / "tokenizer.model"
+    if sources and model.is_file():
+        digest, recorded = files.sha256(model), next(iter(sources.values())).tokenizer_sha256
+        if digest != recorded:
+            raise UserError(
+                f"{model} (sha256 {digest[:12]}) is not the tokenizer that the shards beside it"
+                f" were made with ({recorded[:12]})"
+            )
     return sources
 
 

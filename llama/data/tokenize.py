@@ -288,8 +288,14 @@ def main(argv: list[str]) -> None:
         args.valid_per_10k,
         cli.count(args.shard_tokens),
     )
-    with only_one(Path(args.output)):
-        tokenize(job, args.workers, args.skip_limit)
+    try:
+        with only_one(Path(args.output)):
+            tokenize(job, args.workers, args.skip_limit)
+    except OSError as error:
+        where = error.filename or args.output
+        raise UserError(
+            f"{where}: {error.strerror}; mend that and the same command goes on from here"
+        ) from error
     print(summary(Path(args.output), names))
 
 

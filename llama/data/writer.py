@@ -118,8 +118,11 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._spool.close()
-        self._spool_path.unlink(missing_ok=True)
+        # on a full disk closing fails again, on what was still buffered
+        try:
+            self._spool.close()
+        finally:
+            self._spool_path.unlink(missing_ok=True)
 
     def has(self, document_id: str) -> bool:
         return id_hash(document_id) in self._seen
