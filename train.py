@@ -6,13 +6,9 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 """
 
 import gc
-import math
 import os
-import resource
 import signal
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +23,13 @@ from llama.config import Config
 from llama.data import loader, mixture, schedule, shards
 from llama.model import Transformer
 from llama.parallel import apply
-from llama.runtime import folder, metrics, signals, world
-from llama.runtime.state import State, resume, save
+from llama.runtime import checkpoint, console, folder, metrics, signals, world
+from llama.runtime.state import State, Step, resume, save
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # -- one step --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step measured; tensors stay on the device until someone reads them."""
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
 
 
 def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
@@ -134,6 +122,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
+    if cfg.train.init_from:
+        checkpoint.newest(cfg.train.init_from)  # refused here, before anything is written
     return State(
         cfg=cfg,
         world=here,
@@ -202,10 +192,11 @@ def train(cfg: Config) -> int:
     run = folder.RUNS / cfg.name
     state: State | None = None
     try:
+        state = build(cfg, here, run)
         with folder.held(run, here):
-            state = build(cfg, here, run)
-            folder.settle(run, cfg, here, costs.checkpoint_bytes(cfg.model))
+            folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
             resume(state)
+            folder.record(run, cfg, here)
             asked = loop(state, stop)
     except Exception as error:
         if here.leads and not isinstance(error, UserError):
@@ -225,8 +216,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     log = (
         metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg)) if here.leads else None
     )
-    (state.run / folder.EXIT_REASON).unlink(missing_ok=True)
-    announce(state)
+    console.announce(state)
     gc.collect()
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
     reader = loader.Loader(state.sources, state.order)
@@ -244,7 +234,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
         if state.step % cfg.log.every == 0 or state.step == 1 or last:
-            row = log_row(state, measured, clock, reader.waited_s)
+            row = console.log_row(state, measured, clock, reader.waited_s)
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused():
@@ -255,7 +245,9 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             log.row(state.step, {"tokens": state.tokens, **row})
         if state.step % cfg.checkpoint.every == 0 or last or asked:
             with clock.paused():
-                save(state)
+                saved = save(state)
+            if not saved and (last or asked):
+                raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
         if asked:
             here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
             break
@@ -263,71 +255,6 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     if log:
         log.close()
     return asked
-
-
-def announce(state: State) -> None:
-    """What a person wants to know before the first line appears."""
-    cfg, here = state.cfg, state.world
-    windows = state.order.segment(state.step).batch_windows
-    micro_steps = math.ceil(windows / (state.micro_batch * here.size))
-    here.say(
-        f"{cfg.name}: {show_count(costs.parameters(cfg.model))} parameters, {state.steps} steps of "
-        f"{show_count(windows * cfg.data.seq_len)} tokens on {here.size} x {here.device.type}"
-    )
-    here.say(
-        f"{micro_steps} micro-steps per step, each {state.micro_batch} windows of "
-        f"{cfg.data.seq_len} tokens per process; {state.dtype}, attention: {state.backend}"
-    )
-    here.say(f"the first line comes after one step, then one every {cfg.log.every} steps")
-    if cfg.optim.warmup_steps >= state.steps:
-        here.say(
-            f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
-            f"{state.steps} steps: the learning rate never reaches {cfg.optim.lr}"
-        )
-    for name in sorted(set(state.sources) - set(state.valid)):
-        here.say(f"no validation for {name}: its held-out documents fill no window")
-    here.say(metrics.HEADER)
-
-
-def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float) -> dict[str, Any]:
-    """Numbers of a log step; reading them waits for the device. Rank 0 prints the line."""
-    cfg, here = state.cfg, state.world
-    loss, norm = float(measured.loss), float(measured.grad_norm)
-    rate, waiting = clock.read(state.tokens, waited_s)
-    cuda = here.device.type == "cuda"
-    peak = costs.peak_flops(torch.cuda.get_device_name(here.device)) if cuda else None
-    causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
-    each = rate / here.size
-    row: dict[str, Any] = {
-        "branch": 0,
-        "loss": loss,
-        "lr": optim.learning_rate(cfg.optim, state.step - 1, state.steps),
-        "grad_norm": norm,
-        "tokens_per_s": rate,
-        "tokens_per_s_gpu": each,
-        "mfu_causal": each * causal / peak if peak else None,
-        "mfu_palm": each * palm / peak if peak else None,
-        "memory_gib": memory_gib(here.device),
-        "data_wait_pct": waiting,
-        "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
-    }
-    for name, (loss_sum, tokens) in zip(state.order.names, state.window.tolist(), strict=True):
-        if tokens:
-            row[f"loss/{name}"] = loss_sum / tokens
-    state.window.zero_()
-    here.say(metrics.line(state.step, state.steps, {"tokens": state.tokens, **row}))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        here.say(f"WARNING: step {state.step} changed nothing: loss {loss}, gradient norm {norm}")
-    return row
-
-
-def memory_gib(device: torch.device) -> float:
-    """Highest memory of this process so far: the allocator's on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kibibytes, macOS bytes
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -213,3 +213,42 @@ def test_every_command_is_listed_and_answers_help() -> None:
         has_main = 'if __name__ == "__main__"' in path.read_text()
         if has_main and name not in ("llama.__main__", "train") and "benchmarks" not in name:
             assert f"python -m {name.removesuffix('.__main__')}" in listing, name
+
+
+def test_readme_shows_the_commands_and_the_tree_as_they_are() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.rewritten(text) == text, "run python scripts/readme.py"
+
+
+def _options_in(text: str) -> list[tuple[str, set[str]]]:
+    """(command, options) of every command of ours in the indented blocks of a Markdown file."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    found = []
+    for line in text.splitlines():
+        match = re.match(r"\s{4}(?:\S+=\S+ )*(python -m [\w.]+|torchrun .*?train\.py)( .*|$)", line)
+        if match:
+            found.append((match[1], set(re.findall(r"(?<= )--([\w.-]+)", match[2]))))
+    return found
+
+
+@pytest.mark.slow
+def test_documents_show_only_options_that_exist() -> None:
+    shown: dict[str, set[str]] = {}
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for command, options in _options_in(path.read_text()):
+            command = "train.py" if "train.py" in command else command
+            shown.setdefault(command, set()).update(options)
+    assert {"train.py", "python -m tokenizer.train", "python -m llama.data.tokenize"} <= set(shown)
+    for command, options in shown.items():
+        words = [sys.executable, *command.split()[1:]]
+        if command == "train.py":
+            words = [sys.executable, "train.py"]
+        elif command.endswith("llama.corpus"):
+            words += ["run", "--config", "configs/corpus/plain.yaml"]
+        result = subprocess.run([*words, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, (command, result.stderr)
+        for option in options - {"config", "help", "print_config"}:
+            assert f"--{option.replace('-', '_')}" in result.stdout, (command, option)

@@ -173,6 +173,7 @@ def single(workspace: Path) -> Run:
     run = Run(workspace, "single")
     output = run.finish()
     assert "12/12" in output and run.verdict() == "done"
+    assert "1 micro-step per step" in output and "the first line comes after" in output
     return run
 
 
@@ -385,7 +386,7 @@ def test_refused_before_anything_is_trained(workspace: Path, case: str) -> None:
     options, sentence = FRESH[case]
     run = Run(workspace, f"refused-{case}".replace(" ", "-"), options=options)
     _refused(run, sentence)
-    assert not (run.folder / "ckpt").exists()
+    assert not run.folder.exists()
 
 
 def test_under_torchrun_one_sentence_for_all_ranks(workspace: Path) -> None:

@@ -52,20 +52,26 @@ def together(problem: str | None, here: World) -> None:
         raise UserError(problem)
 
 
-def settle(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
-    """Make the folder this run's: refuse another configuration or a full disk, sweep leftovers."""
+def check(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
+    """Refuse a folder of another configuration and a full disk, before anything is changed."""
     problem = None
     if here.leads:
         try:
             _refuse_changes(run, cfg)
             checkpoint.refuse_small_disk(run, checkpoint_bytes)
-            checkpoint.sweep(run)
-            files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
-            files.write_json(run / "env.json", environment(here))
-            sys.stdout = Tee(run / "train.log")  # type: ignore[assignment]
         except UserError as error:
             problem = str(error)
     together(problem, here)
+
+
+def record(run: Path, cfg: Config, here: World) -> None:
+    """Make the folder this run's, once nothing can refuse it any more; sweep what a kill left."""
+    if here.leads:
+        checkpoint.sweep(run)
+        files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
+        files.write_json(run / "env.json", environment(here))
+        (run / EXIT_REASON).unlink(missing_ok=True)
+        sys.stdout = Tee(run / "train.log")  # type: ignore[assignment]
 
 
 def _refuse_changes(run: Path, cfg: Config) -> None:

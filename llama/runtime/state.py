@@ -66,8 +66,16 @@ class State:
         }
 
 
-def save(state: State) -> None:
-    """Write a checkpoint of this step; a failure is said and training goes on."""
+@dataclass(frozen=True)
+class Step:
+    """What one step measured; tensors stay on the device until someone reads them."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+def save(state: State) -> bool:
+    """Write a checkpoint of this step; a failure is said, and training may go on."""
     contents = {
         "format": 1,
         "step": state.step,
@@ -84,11 +92,12 @@ def save(state: State) -> None:
         state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint.keep
     )
     if problem:
-        text = f"WARNING: the checkpoint of step {state.step} failed ({problem}); training goes on"
+        text = f"WARNING: the checkpoint of step {state.step} failed: {problem}"
     else:
         spent = show_seconds(time.monotonic() - began)
         text = f"saved {checkpoint.folder(state.run)}/step-{state.step:08d} in {spent}"
     state.world.say(text)
+    return not problem
 
 
 def resume(state: State) -> None:

@@ -1,0 +1,101 @@
+"""What a run says: what is to come before the first line, then a line and a row at log steps.
+
+A state and what a step measured go in; text on rank 0's terminal and the values of a metrics row
+come out. Reading them is the only time the loop waits for the device.
+"""
+
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from llama import costs, optim
+from llama.cli import show_count, show_seconds
+from llama.runtime import metrics
+from llama.runtime.state import State, Step
+
+
+def announce(state: State) -> None:
+    """What a person wants to know before the first line appears."""
+    cfg, here = state.cfg, state.world
+    windows = state.order.segment(state.step).batch_windows
+    micro_steps = math.ceil(windows / (state.micro_batch * here.size))
+    here.say(
+        f"{cfg.name}: {show_count(costs.parameters(cfg.model))} parameters, {state.steps} steps of "
+        f"{show_count(windows * cfg.data.seq_len)} tokens on {here.size} x {here.device.type}"
+    )
+    here.say(
+        f"{micro_steps} micro-step{'s' * (micro_steps > 1)} per step, each {state.micro_batch} "
+        f"windows of {cfg.data.seq_len} tokens per process; {state.dtype}, "
+        f"attention: {state.backend}"
+    )
+    flops = windows * cfg.data.seq_len * costs.flops_per_token(cfg.model, cfg.data.seq_len)[0]
+    seconds = flops / here.size / matmul_flops(here.device, state.dtype)
+    here.say(
+        f"the first line comes after one step, about {show_seconds(max(seconds, 1))} from now "
+        f"(without compiling), then one every {cfg.log.every} steps"
+    )
+    if cfg.optim.warmup_steps >= state.steps:
+        here.say(
+            f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
+            f"{state.steps} steps: the learning rate never reaches {cfg.optim.lr}"
+        )
+    for name in sorted(set(state.sources) - set(state.valid)):
+        here.say(f"no validation for {name}: its held-out documents fill no window")
+    here.say(metrics.HEADER)
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product on this device now, from a few milliseconds of one."""
+    size = 4096 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()  # waits for the product
+        spent.append(time.perf_counter() - began)
+    return 2 * size**3 / min(spent)
+
+
+def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float) -> dict[str, Any]:
+    """Numbers of a log step; reading them waits for the device. Rank 0 prints the line."""
+    cfg, here = state.cfg, state.world
+    loss, norm = float(measured.loss), float(measured.grad_norm)
+    rate, waiting = clock.read(state.tokens, waited_s)
+    cuda = here.device.type == "cuda"
+    peak = costs.peak_flops(torch.cuda.get_device_name(here.device)) if cuda else None
+    causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
+    each = rate / here.size
+    row: dict[str, Any] = {
+        "branch": 0,
+        "loss": loss,
+        "lr": optim.learning_rate(cfg.optim, state.step - 1, state.steps),
+        "grad_norm": norm,
+        "tokens_per_s": rate,
+        "tokens_per_s_gpu": each,
+        "mfu_causal": each * causal / peak if peak else None,
+        "mfu_palm": each * palm / peak if peak else None,
+        "memory_gib": memory_gib(here.device),
+        "data_wait_pct": waiting,
+        "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
+    }
+    for name, (loss_sum, tokens) in zip(state.order.names, state.window.tolist(), strict=True):
+        if tokens:
+            row[f"loss/{name}"] = loss_sum / tokens
+    state.window.zero_()
+    here.say(metrics.line(state.step, state.steps, {"tokens": state.tokens, **row}))
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        here.say(f"WARNING: step {state.step} changed nothing: loss {loss}, gradient norm {norm}")
+    return row
+
+
+def memory_gib(device: torch.device) -> float:
+    """Highest memory of this process so far: the allocator's on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
