@@ -33,7 +33,7 @@ ENV = {
 }
 pytestmark = pytest.mark.slow
 
-STEPS = 12
+STEPS = 20
 OPTIONS = {
     "seed": 3,
     "model.dim": 32,
@@ -172,7 +172,7 @@ def _weights(run: Run) -> dict[str, torch.Tensor]:
 def single(workspace: Path) -> Run:
     run = Run(workspace, "single")
     output = run.finish()
-    assert "12/12" in output and run.verdict() == "done"
+    assert f"{STEPS}/{STEPS}" in output and run.verdict() == "done"
     assert "1 micro-step per step" in output and "the first line comes after" in output
     return run
 
@@ -204,9 +204,9 @@ def test_run_folder_holds_what_the_design_says(single: Run) -> None:
     names = {path.name for path in single.folder.iterdir()} - {".lock"}
     assert names == {"config.yaml", "metrics.jsonl", "train.log", "env.json", "EXIT_REASON", "ckpt"}
     steps = [step for step, _ in checkpoint.steps(single.folder)]
-    assert steps == [8, 12]
+    assert steps == [16, 20]
     log = (single.folder / "train.log").read_text()
-    assert " 12/12 " in log and max(map(len, log.splitlines())) <= 100
+    assert f" {STEPS}/{STEPS} " in log and max(map(len, log.splitlines())) <= 100
     state = checkpoint.read_state(checkpoint.newest(single.folder))
     assert state["step"] == STEPS and state["adam_steps"] == STEPS
 
@@ -354,7 +354,7 @@ def _refused(run: Run, sentence: str) -> None:
 
 
 REFUSED = {
-    "finished": ({}, "is finished, all 12 steps are trained"),
+    "finished": ({}, f"is finished, all {STEPS} steps are trained"),
     "other values": ({"optim.lr": 2e-3}, "optim.lr: 0.005 -> 0.002"),
     "other model": (
         {"model.n_layers": 3, "checkpoint.accept_changes": True},

@@ -1,0 +1,130 @@
+"""metrics.jsonl is the record; other loggers get the same rows and can never end a run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama.cli import UserError
+from llama.config import LogConfig
+from llama.runtime import metrics
+
+ROW = {
+    "tokens": 4_194_304_000,
+    "branch": 0,
+    "loss": 2.6131,
+    "lr": 2.9e-4,
+    "grad_norm": 0.41,
+    "tokens_per_s": 3_900_000.0,
+    "tokens_per_s_gpu": 3810.4,
+    "mfu_causal": 0.461,
+    "memory_gib": 61.2,
+    "eta_s": 1_740_000.0,
+    "loss/c4": 2.7,
+}
+
+
+def test_the_line_stands_under_its_header_within_80_columns() -> None:
+    for mfu in (0.461, None):
+        line = metrics.line(1200, 250_000, {**ROW, "mfu_causal": mfu})
+        assert len(line) == len(metrics.HEADER) <= 80
+    assert line.split() == [
+        "1200/250000", "4.19B", "2.613", "2.9e-4", "0.41", "3,810", "-", "61.2G", "20d", "3h",
+    ]  # fmt: skip
+
+
+def test_rows_behind_the_resumed_step_and_torn_rows_are_dropped(tmp_path: Path) -> None:
+    log = metrics.Metrics(tmp_path, LogConfig(), 0, {})
+    for step in (1, 2, 3):
+        log.row(step, {**ROW, "mfu_palm": None})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "lo')
+    again = metrics.Metrics(tmp_path, LogConfig(), 2, {})
+    again.row(3, {"loss": 1.0})
+    again.close()
+    rows = metrics.read_rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2] == {"step": 3, "loss": 1.0} and "mfu_palm" not in rows[0]
+
+
+def test_a_full_disk_is_said_once_and_not_fatal(tmp_path: Path, capsys) -> None:
+    log = metrics.Metrics(tmp_path, LogConfig(), 0, {})
+    log._file.close()
+    log._file = open("/dev/full", "ab", buffering=0) if Path("/dev/full").exists() else None
+    if log._file is None:
+        pytest.skip("no /dev/full on this system")
+    log.row(1, ROW)
+    log.row(2, ROW)
+    log._file.close()
+    assert capsys.readouterr().out.count("cannot be written: No space left on device") == 1
+
+
+def test_clock_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    clock = metrics.Clock(tokens=1000)
+    now[0] += 4
+    with clock.paused():
+        now[0] += 50
+    assert clock.read(tokens=9000, waited_s=1.0) == (2000.0, 25.0)
+    now[0] += 2
+    assert clock.read(tokens=10_000, waited_s=1.0) == (500.0, 0.0)
+
+
+def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = metrics.Metrics(tmp_path, LogConfig(wandb="offline"), 0, {"seed": 1})
+    assert len(log._sinks) == 1
+    log.row(1, ROW)
+    log.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_an_unreachable_or_broken_logger_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def unreachable(**options: object) -> None:
+        raise RuntimeError("timed out")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    log = metrics.Metrics(tmp_path, LogConfig(wandb="offline"), 0, {})
+    log.row(1, ROW)
+
+    def dying(step: int, row: dict[str, object]) -> None:
+        raise ConnectionError("gone")
+
+    log._sinks.append(dying)
+    log.row(2, ROW)
+    log.row(3, ROW)
+    log.close()
+    told = capsys.readouterr().out
+    assert "wandb cannot start (timed out)" in told and told.count("gone") == 1
+    assert [row["step"] for row in metrics.read_rows(tmp_path)] == [1, 2, 3]
+
+
+def test_a_logger_asked_for_but_missing_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="log.wandb is offline but wandb is not installed"):
+        metrics.Metrics(tmp_path, LogConfig(wandb="offline"), 0, {})
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="log.tensorboard"):
+        metrics.Metrics(tmp_path, LogConfig(tensorboard=True), 0, {})
+
+
+def test_tensorboard_gets_the_rows(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = metrics.Metrics(tmp_path, LogConfig(tensorboard=True), 0, {})
+    for step in (1, 2):
+        log.row(step, {**ROW, "loss": 3.0 - step})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == [2.0, 1.0]
