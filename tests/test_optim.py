@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from llama import optim
-from llama.config import OptimConfig
+from llama.config import ModelConfig, OptimConfig
+from llama.model import Transformer
 
 CFG = OptimConfig(lr=0.01, warmup_steps=5, weight_decay=0.1, clip=1.0)
 
@@ -217,6 +218,24 @@ def test_a_replica_counts_once(tmp_path: Path) -> None:
             optim.global_norm([partial])
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_step_never_waits_for_the_gpu() -> None:
+    model = Transformer(ModelConfig(dim=64, n_layers=2, n_heads=4, vocab_size=500)).cuda()
+    model.init_weights(0)
+    optimizer = optim.build(model, CFG)
+    tokens = torch.randint(0, 500, (2, 33), device="cuda")
+    for mode in ("default", "error"):
+        # the first step makes RoPE's table
+        torch.cuda.set_sync_debug_mode(mode)
+        losses, counts = model(tokens[:, :-1], tokens[:, 1:])
+        losses.sum().backward()
+        optim.step(optimizer, 0.01, 1.0, 64 / counts.sum(), losses.sum().detach())
+        optimizer.zero_grad()
+    torch.cuda.set_sync_debug_mode("default")
+    assert optim.step_count(optimizer) == 2
 
 
 def schedule(**changes: object) -> list[float]:

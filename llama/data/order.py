@@ -224,6 +224,7 @@ class Order:
         append at step a with ``skipped=[(position(a), position(b))]``: a range that begins where
         the segment does is passed over in the old layout, so just those windows are left out.
         """
+        skipped = tuple(skipped)
         kept = [s for s in self.segments if s.first_step <= first_step]
         assert kept, f"step {first_step} lies before the first segment"
         old = Order(self.seed, kept)

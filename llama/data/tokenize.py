@@ -173,11 +173,10 @@ def finish(
 _worker: tuple[Tokenizer, int]
 
 
-def _start_worker(model: Path) -> None:
+def _start_worker(model: Path, parent: int) -> None:
     """Load the tokenizer once per process, and leave when the parent is gone."""
     global _worker
     _worker = Tokenizer(model), hold(model)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -198,8 +197,8 @@ def work(job: Job, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, 
         tokenizer = Tokenizer(job.model)
         yield from ((unit, run_unit(job, tokenizer, unit)) for unit in units)
         return
-    model = Path(job.tokens) / TOKENIZER
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model,)) as pool:
+    start = Path(job.tokens) / TOKENIZER, os.getpid()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
         waiting = {pool.submit(_in_worker, job, unit): unit for unit in units}
         try:
             for future in as_completed(waiting):

@@ -14,6 +14,7 @@ import torch
 
 from llama import costs, optim
 from llama.cli import show_count, show_seconds
+from llama.data import mixture
 from llama.runtime import metrics
 from llama.runtime.state import State, Step
 
@@ -45,6 +46,9 @@ def announce(state: State) -> None:
         )
     for name in sorted(set(state.sources) - set(state.valid)):
         here.say(f"no validation for {name}: its held-out documents fill no window")
+    assert isinstance(cfg.data.mixture, dict)
+    counts = {name: source.n_tokens for name, source in state.sources.items()}
+    here.say(mixture.plan_table(cfg.data.mixture, state.order.tokens(state.steps), counts) + "\n")
     here.say(metrics.HEADER)
 
 
