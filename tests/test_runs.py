@@ -220,6 +220,20 @@ def test_two_processes_train_the_same_model(single: Run, double: Run) -> None:
         assert double.rows()[-1][key] == pytest.approx(single.rows()[-1][key], rel=1e-6)
 
 
+def test_first_gradients_agree_per_tensor(workspace: Path) -> None:
+    """After one step Adam's first moment is the gradient, but for a factor they share."""
+    moments = []
+    for size in (1, 2):
+        run = Run(workspace, f"one-step-{size}", size, {"train.tokens": 1024})
+        run.finish()
+        moments.append({k: t for k, t in _weights(run).items() if k.startswith("exp_avg.")})
+    alone, shared = moments
+    assert alone.keys() == shared.keys() and len(alone) == 2 * 9 + 3
+    for name, gradient in alone.items():
+        assert gradient.norm() > 0
+        assert (shared[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_the_run_repeats_itself_to_the_bit(workspace: Path, double: Run) -> None:
     again = Run(workspace, "again", world=2)
     again.finish()
