@@ -7,7 +7,7 @@ in order, then the options. Unknown keys fail with a suggestion. What a run used
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -365,34 +365,36 @@ def total_steps(cfg: TrainConfig) -> int:
     return steps + math.ceil(left / cfg.batch_tokens)
 
 
+AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
+SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
+
+
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
 def check(cfg: Config) -> None:
     """Refuse values that cannot be trained, each with its key, value and what would do."""
-    m, d, t = cfg.model, cfg.data, cfg.train
-    positive: dict[str, float | None] = {
-        "model.dim": m.dim,
-        "model.n_layers": m.n_layers,
-        "model.n_heads": m.n_heads,
-        "model.n_kv_heads": m.n_kv_heads,
-        "model.vocab_size": m.vocab_size,
-        "model.ffn_dim": m.ffn_dim,
-        "model.norm_eps": m.norm_eps,
-        "model.rope_theta": m.rope_theta,
-        "data.seq_len": d.seq_len,
-        "train.tokens": t.tokens,
-        "train.batch_tokens": t.batch_tokens,
-        "train.micro_batch": None if t.micro_batch == "auto" else t.micro_batch,
-        "optim.lr": cfg.optim.lr,
-        "optim.clip": cfg.optim.clip,
-        "optim.eps": cfg.optim.eps,
-        "checkpoint.every": cfg.checkpoint.every,
-        "checkpoint.keep": cfg.checkpoint.keep,
-        "validation.tokens": cfg.validation.tokens,
-        "log.every": cfg.log.every,
-    }
-    for key, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{key} is {value}, expected more than 0")
-    _check_shares(cfg)
+    for key, value in _numbers(to_dict(cfg)):
+        if key.startswith("parallel."):
+            good, expected = value == -1 or value >= 1, "1 or more, or -1 for the rest"
+        elif key in SHARES:
+            top = 1 if "betas" not in key else 1 - 1e-9
+            good, expected = 0 <= value <= top, "a share between 0 and 1"
+        elif key in AT_LEAST_ZERO:
+            good, expected = 0 <= value < math.inf, "0 or more"
+        else:
+            good, expected = 0 < value < math.inf, "more than 0"
+        if not good:
+            raise UserError(f"{key} is {value}, expected {expected}")
+    m, d, t, p = cfg.model, cfg.data, cfg.train, cfg.parallel
     if not re.fullmatch(r"[\w][\w.+-]*", cfg.name):
         raise UserError(f"name is {cfg.name!r}, expected letters, digits, '.', '_' and '-' only")
     if m.dim % m.n_heads or (m.dim // m.n_heads) % 2:
@@ -401,9 +403,10 @@ def check(cfg: Config) -> None:
         )
     if m.n_heads % m.kv_heads:
         raise UserError(f"model.n_kv_heads {m.kv_heads} does not divide model.n_heads {m.n_heads}")
-    for key, batch in [("train.batch_tokens", t.batch_tokens)] + [
-        ("train.batch_ramp", batch) for batch, _ in t.batch_ramp
-    ]:
+    if m.rope_scaling is not None:
+        _check_rope_scaling(m.rope_scaling)
+    ramp = [("train.batch_ramp", batch) for batch, _ in t.batch_ramp]
+    for key, batch in [("train.batch_tokens", t.batch_tokens), *ramp]:
         if batch % d.seq_len:
             near = max(1, round(batch / d.seq_len)) * d.seq_len
             raise UserError(
@@ -411,35 +414,34 @@ def check(cfg: Config) -> None:
             )
     if isinstance(d.mixture, dict):
         check_weights(d.mixture, "data.mixture")
-
-
-def _check_shares(cfg: Config) -> None:
-    o, p = cfg.optim, cfg.parallel
-    shares = {
-        "optim.min_lr_ratio": o.min_lr_ratio,
-        "optim.decay_ratio": o.decay_ratio,
-        "optim.betas[0]": o.betas[0],
-        "optim.betas[1]": o.betas[1],
-    }
-    for key, value in shares.items():
-        if not 0 <= value <= 1 or (key.startswith("optim.betas") and value == 1):
-            raise UserError(f"{key} is {value}, expected a share between 0 and 1")
-    not_negative = {
-        "optim.warmup_steps": o.warmup_steps,
-        "optim.weight_decay": o.weight_decay,
-        "validation.every": cfg.validation.every,
-        "seed": cfg.seed,
-    }
-    for key, value in not_negative.items():
-        if not value >= 0:
-            raise UserError(f"{key} is {value}, expected 0 or more")
-    sizes = {f"parallel.{k}": v for k, v in asdict(p).items() if isinstance(v, int)}
-    for key, value in sizes.items():
-        if value == 0 or value < -1:
-            raise UserError(f"{key} is {value}, expected 1 or more, or -1 for the rest")
-    if list(sizes.values()).count(-1) > 1:
+    if (p.replicate, p.shard, p.tensor, p.context).count(-1) > 1:
         raise UserError("only one of the parallel sizes may be -1")
     if p.tensor != 1 or p.context != 1:
         raise UserError(
             f"parallel.tensor {p.tensor} and parallel.context {p.context}: only 1 is built so far"
         )
+
+
+def _check_rope_scaling(scaling: dict[str, str | float]) -> None:
+    kind = scaling.get("type")
+    if kind not in ROPE_SCALINGS:
+        raise UserError(f"model.rope_scaling.type is {kind!r}, expected linear or llama3")
+    expected = {"type", *ROPE_SCALINGS[str(kind)]}
+    if odd := expected ^ set(scaling):
+        raise UserError(f"model.rope_scaling {kind} has exactly {sorted(expected)}, not {odd}")
+    for key in ROPE_SCALINGS[str(kind)]:
+        value = scaling[key]
+        if isinstance(value, str) or not 0 < value < math.inf:
+            raise UserError(f"model.rope_scaling.{key} is {value!r}, expected more than 0")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of everything that is a number of the configuration's own."""
+    if key in ("data.mixture", "model.rope_scaling"):
+        return  # checked where they are read
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from _numbers(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
