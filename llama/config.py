@@ -6,8 +6,7 @@ in order, then the options. Unknown keys fail with a suggestion. What a run used
 """
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse.typing import register_type
 
-from llama import cli, files
-from llama.cli import UserError
+from llama import cli, files, limits
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -278,7 +276,7 @@ def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
     cfg = Config(**{part.name: getattr(values, part.name) for part in fields(Config)})
     if isinstance(cfg.data.mixture, str):
         cfg.data.mixture = read_mixture(_beside(cfg.data.mixture, argv, given))
-    check(cfg)
+    limits.check(to_dict(cfg))
     return cfg
 
 
@@ -310,18 +308,7 @@ def read_mixture(path: str | Path) -> dict[str, float]:
 
     Raises `UserError` for weights that are no numbers, not positive, or do not sum to 1.
     """
-    return check_weights(files.read_yaml(path), str(path))
-
-
-def check_weights(weights: dict[str, Any], where: str) -> dict[str, float]:
-    """Weights by source name, each positive, summing to 1 within 1e-6."""
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-            raise UserError(f"{where}: the weight of {name} is {weight!r}, expected a number > 0")
-    total = math.fsum(weights.values())
-    if abs(total - 1) > 1e-6:
-        raise UserError(f"{where}: the weights sum to {total:.6g}, expected 1")
-    return {str(name): float(weight) for name, weight in weights.items()}
+    return limits.check_weights(files.read_yaml(path), str(path))
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
@@ -363,85 +350,3 @@ def total_steps(cfg: TrainConfig) -> int:
         if left <= 0:
             return steps
     return steps + math.ceil(left / cfg.batch_tokens)
-
-
-AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
-SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
-
-
-ROPE_SCALINGS = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-}
-
-
-def check(cfg: Config) -> None:
-    """Refuse values that cannot be trained, each with its key, value and what would do."""
-    for key, value in _numbers(to_dict(cfg)):
-        if key.startswith("parallel."):
-            good, expected = value == -1 or value >= 1, "1 or more, or -1 for the rest"
-        elif key in SHARES:
-            top = 1 if "betas" not in key else 1 - 1e-9
-            good, expected = 0 <= value <= top, "a share between 0 and 1"
-        elif key in AT_LEAST_ZERO:
-            good, expected = 0 <= value < math.inf, "0 or more"
-        else:
-            good, expected = 0 < value < math.inf, "more than 0"
-        if not good:
-            raise UserError(f"{key} is {value}, expected {expected}")
-    m, d, t, p = cfg.model, cfg.data, cfg.train, cfg.parallel
-    if not re.fullmatch(r"[\w][\w.+-]*", cfg.name):
-        raise UserError(f"name is {cfg.name!r}, expected letters, digits, '.', '_' and '-' only")
-    if m.dim % m.n_heads or (m.dim // m.n_heads) % 2:
-        raise UserError(
-            f"model.dim {m.dim} over model.n_heads {m.n_heads} gives no even, whole head size"
-        )
-    if m.n_heads % m.kv_heads:
-        raise UserError(f"model.n_kv_heads {m.kv_heads} does not divide model.n_heads {m.n_heads}")
-    if m.rope_scaling is not None:
-        _check_rope_scaling(m.rope_scaling)
-    ramp = [("train.batch_ramp", batch) for batch, _ in t.batch_ramp]
-    for key, batch in [("train.batch_tokens", t.batch_tokens), *ramp]:
-        if batch % d.seq_len:
-            near = max(1, round(batch / d.seq_len)) * d.seq_len
-            raise UserError(
-                f"{key} {batch} is not a multiple of data.seq_len {d.seq_len}; {near} would be"
-            )
-    if isinstance(d.mixture, dict):
-        check_weights(d.mixture, "data.mixture")
-    if (p.replicate, p.shard, p.tensor, p.context).count(-1) > 1:
-        raise UserError("only one of the parallel sizes may be -1")
-    if p.tensor != 1 or p.context != 1:
-        raise UserError(
-            f"parallel.tensor {p.tensor} and parallel.context {p.context}: only 1 is built so far"
-        )
-
-
-def _check_rope_scaling(scaling: dict[str, str | float]) -> None:
-    kind = scaling.get("type")
-    if kind not in ROPE_SCALINGS:
-        raise UserError(f"model.rope_scaling.type is {kind!r}, expected linear or llama3")
-    expected = {"type", *ROPE_SCALINGS[str(kind)]}
-    if odd := expected ^ set(scaling):
-        raise UserError(f"model.rope_scaling {kind} has exactly {sorted(expected)}, not {odd}")
-    for key in ROPE_SCALINGS[str(kind)]:
-        value = scaling[key]
-        if isinstance(value, str) or not 0 < value < math.inf:
-            raise UserError(f"model.rope_scaling.{key} is {value!r}, expected more than 0")
-
-
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted key, number) of everything that is a number of the configuration's own."""
-    if key in ("data.mixture", "model.rope_scaling"):
-        return  # checked where they are read
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for name, item in items:
-            yield from _numbers(item, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield key, value

@@ -20,6 +20,7 @@ RANKS = [
     ("llama.config", 0),
     ("llama.cli", 0),
     ("llama.files", 0),
+    ("llama.limits", 0),
     ("llama.costs", 0),
     ("llama.corpus", 1),
     ("llama.model", 1),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from tokenizer import chunks
 from tokenizer import tokenizer as module
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.train import FIXED, training_lines
@@ -47,6 +48,11 @@ def train(path: Path, **options: Any) -> Path:
     )
     path.write_bytes(model.getvalue())
     return path
+
+
+@pytest.fixture(autouse=True)
+def short_texts_take_the_fast_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORT_CHARS", 1)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +164,8 @@ def test_lines_of_megabytes_without_a_space(
 ) -> None:
     text = unit * (4_000_000 // len(unit) // len(unit.encode()))
     assert tokenizer.encode(text) == reference(model)(text)
-    assert max(map(len, tokenizer._cache), default=0) <= module.CACHE_CHARS
+    assert tokenizer.packer
+    assert max(map(len, tokenizer.packer.cache), default=0) <= chunks.CACHE_CHUNK_BYTES
 
 
 @pytest.mark.parametrize(
@@ -182,66 +189,106 @@ def test_u2581_becomes_a_space_and_is_counted(model: Path) -> None:
     assert tokenizer.replaced_chars == 3
 
 
-def border(left: str, right: str) -> bool:
-    """The borders as the module's comment describes them."""
+def has_border(left: str, right: str) -> bool:
+    """The borders as the module describes them."""
 
     def kind(char: str) -> str:
-        if char.isascii():
-            return (
-                "space"
-                if char == " "
-                else "digit"
-                if char.isdigit()
-                else ("letter" if char.isalpha() else "mark")
-            )
-        return "letter" if re.fullmatch(module._LETTER, char) else "other"
+        if not char.isascii():
+            return "beyond"
+        if char == " ":
+            return "space"
+        return "digit" if char.isdigit() else "letter" if char.isalpha() else "mark"
 
     a, b = kind(left), kind(right)
     if "space" in (a, b):
-        return b == "space" and a != "space" or a == "digit"
+        return b == "space" and a != "space"
     return "digit" in (a, b) or {a, b} == {"letter", "mark"}
 
 
-def test_chunks_end_where_two_characters_say_so(
+def test_chunks_start_where_two_characters_say_so(
     tokenizer: Tokenizer, model: Path, rng: random.Random
 ) -> None:
-    text = texts(rng, model)
+    text, borders = texts(rng, model), chunks.Borders(chunks._FINE)
+    assert tokenizer.packer
+    assert vars(tokenizer.packer._borders) == vars(borders)
     for _ in range(2_000):
+        value = text() or "a"
+        right = [0]
+        for i in range(1, len(value)):
+            if has_border(value[i - 1], value[i]):
+                right.append(len(value[:i].encode()))
+        assert borders.starts(value.encode()).tolist() == right, repr(value)
+
+
+def test_short_and_long_texts_take_different_ways_to_the_same_ids(
+    model: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert module.SHORT_CHARS > 1
+    tokenizer, expected, text = Tokenizer(model), reference(model), texts(rng, model)
+    for _ in range(500):
+        value = "".join(text() for _ in range(10))[: module.SHORT_CHARS + rng.randrange(-2, 3)]
+        assert tokenizer.encode(value) == expected(value), repr(value)
+
+
+@pytest.mark.parametrize("block", [1, 2, 7])
+def test_texts_of_many_blocks(
+    model: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(chunks, "BLOCK_CHUNKS", block)
+    tokenizer, expected, text = Tokenizer(model), reference(model), texts(rng, model)
+    for _ in range(300):
         value = text()
-        chunks = module._FINE.findall(value)
-        assert "".join(chunks) == value
-        ends = {sum(map(len, chunks[:i])) for i in range(1, len(chunks))}
-        assert ends == {i for i in range(1, len(value)) if border(value[i - 1], value[i])}, value
-    assert tokenizer._split == module._FINE.findall
-    for char in (chr(i) for i in range(128, 0x110000) if re.fullmatch(module._LETTER, chr(i))):
-        script = unicodedata.name(char, "GREEK unassigned").split()[0]
-        assert script in ("LATIN", "GREEK", "CYRILLIC"), (char, script)
+        assert tokenizer.encode(value) == expected(value), repr(value)
+
+
+def test_chunks_of_every_size_up_to_the_table_s_and_beyond(model: Path) -> None:
+    # the same beginning, NULs as in an empty row, and sizes around that of a key
+    tokenizer, expected = Tokenizer(model), reference(model)
+    for char in ("\0", "a", "=", "\x7f", "é", "\U0010ffff"):
+        for _ in range(2):
+            for size in range(1, 60):
+                for text in (char * size, f"{char * size} {char * size}7{char * size}"):
+                    assert tokenizer.encode(text) == expected(text), (char, size)
+
+
+def test_chunks_that_share_a_row_take_turns(
+    model: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "TABLE_BITS", 3)
+    tokenizer, expected, text = Tokenizer(model), reference(model), texts(rng, model)
+    for _ in range(500):
+        value = text()
+        assert tokenizer.encode(value) == expected(value), repr(value)
 
 
 def test_the_cache_is_bounded(
     model: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CACHE_CHUNKS", 50)
+    monkeypatch.setattr(chunks, "CACHE_CHUNKS", 50)
     tokenizer, expected, text = Tokenizer(model), reference(model), texts(rng, model)
     for _ in range(500):
         value = text() + "a" * rng.choice((0, 1000))
         assert tokenizer.encode(value) == expected(value)
-        assert len(tokenizer._cache) <= 50 and len(tokenizer._cache.old) <= 50
-        assert all(len(c) <= module.CACHE_CHARS for c in tokenizer._cache)
-    assert tokenizer._cache.old
+        assert tokenizer.packer
+        cache = tokenizer.packer.cache
+        assert len(cache) <= 50 and len(cache.old) <= 50
+        assert all(len(chunk) <= chunks.CACHE_CHUNK_BYTES for chunk in cache)
+    assert cache.old
 
 
-def test_chunks_used_again_stay_when_a_generation_ends(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CACHE_CHUNKS", 10)
-    tokenizer = Tokenizer(model)
+def test_chunks_used_again_stay_when_a_generation_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CACHE_CHUNKS", 10)
     asked: list[str] = []
-    encode = tokenizer._cache.encode
-    tokenizer._cache.encode = lambda chunk: asked.append(chunk) or encode(chunk)
+
+    def encode(chunk: str) -> list[int]:
+        asked.append(chunk)
+        return [len(chunk)]
+
+    cache = chunks.Cache(encode, "H")
     for i in range(100):
-        tokenizer.encode(f"always {chr(0x4E00 + i)}")
-    assert asked.count(" always") == 1 and len(asked) > 100
+        assert cache[b"always"] == b"\x06\0" and cache[f"{i}".encode()]
+    assert asked.count("always") == 1 and len(asked) == 101
 
 
 def test_a_lone_surrogate_is_named_and_leaves_nothing_behind(model: Path) -> None:
@@ -255,7 +302,8 @@ def test_a_lone_surrogate_is_named_and_leaves_nothing_behind(model: Path) -> Non
 def test_threads_may_share_a_tokenizer(
     model: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CACHE_CHUNKS", 30)
+    monkeypatch.setattr(chunks, "CACHE_CHUNKS", 30)
+    monkeypatch.setattr(chunks, "TABLE_BITS", 5)
     tokenizer, expected, text = Tokenizer(model), reference(model), texts(rng, model)
     values = [text() for _ in range(300)]
     right = [expected(value) for value in values]
@@ -272,7 +320,7 @@ def test_threads_may_share_a_tokenizer(
     assert not wrong
 
 
-# What differs from our options, and what the model's chunks may then be.
+# What differs from our options, and where text may then be cut.
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "no prefix": ({"add_dummy_prefix": False}, "fine"),
     "user symbols": ({"user_defined_symbols": ["<|end|>", "  x"]}, "coarse"),
@@ -293,15 +341,18 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "unigram")) for n in MODELS]
 )
 def test_foreign_models_give_their_own_ids(name: str, tmp_path: Path, rng: random.Random) -> None:
-    options, chunks = MODELS[name]
+    options, cuts = MODELS[name]
     path = train(tmp_path / "foreign.model", vocab_size=1500, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         tokenizer = Tokenizer(path)
-    assert bool(said) == (chunks == "whole")
+    assert bool(said) == (cuts == "whole")
     assert all(str(path) in str(warning.message) for warning in said)
-    splits = {"fine": module._FINE.findall, "coarse": module._COARSE.findall, "whole": None}
-    assert tokenizer._split == splits[chunks]
+    if tokenizer.packer is None:
+        assert cuts == "whole"
+    else:
+        borders = {"fine": chunks._FINE, "coarse": chunks._COARSE}[cuts]
+        assert vars(tokenizer.packer._borders) == vars(chunks.Borders(borders))
     expected, text = reference(path), texts(rng, path)
     for _ in range(700):
         value = text() + rng.choice(("", "ab cd", "  x", "((a", "<|end|>", " Zebras"))

@@ -1,0 +1,104 @@
+"""What a configuration may hold: nested plain values in, one sentence for what cannot be trained."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from llama.cli import UserError
+
+AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
+SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
+
+
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+
+
+def check_weights(weights: dict[str, Any], where: str) -> dict[str, float]:
+    """Weights by source name, each positive, summing to 1 within 1e-6."""
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise UserError(f"{where}: the weight of {name} is {weight!r}, expected a number > 0")
+    total = math.fsum(weights.values())
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"{where}: the weights sum to {total:.6g}, expected 1")
+    return {str(name): float(weight) for name, weight in weights.items()}
+
+
+def check(cfg: dict[str, Any]) -> None:
+    """Refuse values that cannot be trained, each with its key, value and what would do.
+
+    `cfg` is the nested configuration as it is written to YAML, with every key present.
+    """
+    for key, value in _numbers(cfg):
+        if key.startswith("parallel."):
+            good, expected = value == -1 or value >= 1, "1 or more, or -1 for the rest"
+        elif key in SHARES:
+            top = 1 if "betas" not in key else 1 - 1e-9
+            good, expected = 0 <= value <= top, "a share between 0 and 1"
+        elif key in AT_LEAST_ZERO:
+            good, expected = 0 <= value < math.inf, "0 or more"
+        else:
+            good, expected = 0 < value < math.inf, "more than 0"
+        if not good:
+            raise UserError(f"{key} is {value}, expected {expected}")
+    m, d, t, p = cfg["model"], cfg["data"], cfg["train"], cfg["parallel"]
+    if not re.fullmatch(r"[\w][\w.+-]*", cfg["name"]):
+        raise UserError(f"name is {cfg['name']!r}, expected letters, digits, '.', '_' and '-' only")
+    dim, heads, kv_heads = m["dim"], m["n_heads"], m["n_kv_heads"] or m["n_heads"]
+    if dim % heads or (dim // heads) % 2:
+        raise UserError(
+            f"model.dim {dim} over model.n_heads {heads} gives no even, whole head size"
+        )
+    if heads % kv_heads:
+        raise UserError(f"model.n_kv_heads {kv_heads} does not divide model.n_heads {heads}")
+    if m["rope_scaling"] is not None:
+        _check_rope_scaling(m["rope_scaling"])
+    length = d["seq_len"]
+    ramp = [("train.batch_ramp", batch) for batch, _ in t["batch_ramp"]]
+    for key, batch in [("train.batch_tokens", t["batch_tokens"]), *ramp]:
+        if batch % length:
+            near = max(1, round(batch / length)) * length
+            raise UserError(
+                f"{key} {batch} is not a multiple of data.seq_len {length}; {near} would be"
+            )
+    check_weights(d["mixture"], "data.mixture")
+    if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
+        raise UserError("only one of the parallel sizes may be -1")
+    if (p["tensor"], p["context"]) != (1, 1):
+        raise UserError(
+            f"parallel.tensor is {p['tensor']} and parallel.context {p['context']}: only 1 is built"
+        )
+
+
+def _check_rope_scaling(scaling: dict[str, str | float]) -> None:
+    kind = scaling.get("type")
+    if kind not in ROPE_SCALINGS:
+        raise UserError(f"model.rope_scaling.type is {kind!r}, expected linear or llama3")
+    expected = {"type", *ROPE_SCALINGS[str(kind)]}
+    if odd := expected ^ set(scaling):
+        raise UserError(f"model.rope_scaling {kind} has exactly {sorted(expected)}, not {odd}")
+    for key in ROPE_SCALINGS[str(kind)]:
+        value = scaling[key]
+        if isinstance(value, str) or not 0 < value < math.inf:
+            raise UserError(f"model.rope_scaling.{key} is {value!r}, expected more than 0")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted key, number) of everything that is a number of the configuration's own."""
+    if key in ("data.mixture", "model.rope_scaling"):
+        return  # checked where they are read
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            yield from _numbers(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
