@@ -276,7 +276,7 @@ def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
     cfg = Config(**{part.name: getattr(values, part.name) for part in fields(Config)})
     if isinstance(cfg.data.mixture, str):
         cfg.data.mixture = read_mixture(_beside(cfg.data.mixture, argv, given))
-    limits.check(to_dict(cfg))
+    check(cfg)
     return cfg
 
 
@@ -327,6 +327,11 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 def to_yaml(cfg: Config) -> str:
     """The configuration as a YAML file that `load` reads back to the same values."""
     return yaml.safe_dump(to_dict(cfg), sort_keys=False, default_flow_style=None, width=100)
+
+
+def check(cfg: Config) -> None:
+    """`UserError` naming key and value for anything that cannot be trained."""
+    limits.check(to_dict(cfg))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""What a configuration may hold: nested plain values in, one sentence for what cannot be trained."""
+"""What a configuration may hold: nested values in, one sentence for what cannot be trained."""
 
 import math
 import re
@@ -55,9 +55,7 @@ def check(cfg: dict[str, Any]) -> None:
         raise UserError(f"name is {cfg['name']!r}, expected letters, digits, '.', '_' and '-' only")
     dim, heads, kv_heads = m["dim"], m["n_heads"], m["n_kv_heads"] or m["n_heads"]
     if dim % heads or (dim // heads) % 2:
-        raise UserError(
-            f"model.dim {dim} over model.n_heads {heads} gives no even, whole head size"
-        )
+        raise UserError(f"model.dim {dim} / model.n_heads {heads} gives no even, whole head size")
     if heads % kv_heads:
         raise UserError(f"model.n_kv_heads {kv_heads} does not divide model.n_heads {heads}")
     if m["rope_scaling"] is not None:
@@ -70,7 +68,8 @@ def check(cfg: dict[str, Any]) -> None:
             raise UserError(
                 f"{key} {batch} is not a multiple of data.seq_len {length}; {near} would be"
             )
-    check_weights(d["mixture"], "data.mixture")
+    if isinstance(d["mixture"], dict):
+        check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
         raise UserError("only one of the parallel sizes may be -1")
     if (p["tensor"], p["context"]) != (1, 1):
