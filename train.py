@@ -190,22 +190,21 @@ def train(cfg: Config) -> int:
     here = world.start()
     stop = signals.Stop()
     run = folder.RUNS / cfg.name
-    state: State | None = None
-    try:
-        state = build(cfg, here, run)
-        with folder.held(run, here):
-            folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
-            resume(state)
-            folder.record(run, cfg, here)
+    state = build(cfg, here, run)
+    with folder.held(run, here):
+        folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
+        resume(state)
+        folder.record(run, cfg, here)
+        try:
             asked = loop(state, stop)
-    except Exception as error:
-        if here.leads and not isinstance(error, UserError):
-            why = f"{type(error).__name__}: {error}"
-            folder.exit_reason(run, "failed", why, state.step if state else 0)
-        raise
-    if here.leads:
-        verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
-        folder.exit_reason(run, *verdict, state.step)
+        except Exception as error:
+            if here.leads:
+                why = f"{type(error).__name__}: {error}"
+                folder.exit_reason(run, "failed", why, state.step)
+            raise
+        if here.leads:
+            verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
+            folder.exit_reason(run, *verdict, state.step)
     # torchrun takes any other code for a crash
     return cli.EXIT_REQUEUE if asked and not here.under_torchrun else 0
 
