@@ -17,7 +17,6 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,92 +30,89 @@ from tokenizer.tokenizer import Tokenizer
 from tokenizer.train import train, training_lines
 
 SUFFIXES = (".py", ".txt", ".md", ".rst", ".html")
-TURN_BYTES = 1_000_000  # text that one of the two encodes before it is the other's turn
+# Text that one of the two encodes before it is the other's turn: short beside what other work does
+# to a shared processor, long beside what one leaves of its caches to the other.
+TURN_BYTES = 5_000_000
 TRAIN_BYTES = 10_000_000
 GOAL = 4.0
 
 
-@dataclass
-class Text:
-    kind: str  # its file's suffix
-    text: str
-    bytes: int
-
-
-def gather(folders: Sequence[Path], limit_bytes: int) -> tuple[list[Text], int]:
+def gather(folders: Sequence[Path], limit_bytes: int) -> tuple[list[str], int]:
     """Distinct texts in the order of their hashes up to the limit; and bytes of all there were."""
-    found: dict[bytes, Text] = {}
+    found: dict[bytes, tuple[str, int]] = {}
     paths = {path.resolve() for f in folders for path in f.rglob("*") if path.is_file()}
     for path in sorted(paths):
-        for kind, data in _texts(path):
+        for data in _texts(path):
             try:
-                text = data.decode()
+                found[hashlib.blake2b(data).digest()] = data.decode(), len(data)
             except UnicodeDecodeError:
                 continue
-            found[hashlib.blake2b(data).digest()] = Text(kind, text, len(data))
     chosen, size = [], 0
-    for _, text_ in sorted(found.items()):
+    for _, (text, bytes_) in sorted(found.items()):
         if size >= limit_bytes:
             break
-        chosen.append(text_)
-        size += text_.bytes
-    return chosen, sum(text.bytes for text in found.values())
+        chosen.append(text)
+        size += bytes_
+    return chosen, sum(bytes_ for _, bytes_ in found.values())
 
 
-def _texts(path: Path) -> Iterator[tuple[str, bytes]]:
-    if path.name.endswith((".jsonl.zst", ".jsonl.gz")):
-        yield from ((".jsonl", d["text"].encode()) for d in files.read_documents(path))
+def _texts(path: Path) -> Iterator[bytes]:
+    if path.name.endswith(files.DOCUMENT_SUFFIXES) and path.name not in files.NO_DOCUMENTS:
+        yield from (document["text"].encode() for document in files.read_documents(path))
     elif path.suffix in SUFFIXES:
-        yield path.suffix, path.read_bytes()
+        yield path.read_bytes()
 
 
-def turns(texts: Sequence[Text]) -> Iterator[list[Text]]:
-    """Texts of one kind, about `TURN_BYTES` at a time."""
-    waiting: dict[str, list[Text]] = {}
+def size_of(texts: Sequence[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def turns(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, about `TURN_BYTES` at a time."""
+    turn: list[str] = []
+    left = TURN_BYTES
     for text in texts:
-        turn = waiting.setdefault(text.kind, [])
         turn.append(text)
-        if sum(t.bytes for t in turn) >= TURN_BYTES:
-            yield waiting.pop(text.kind)
-    yield from waiting.values()
+        left -= len(text.encode())
+        if left <= 0:
+            yield turn
+            turn, left = [], TURN_BYTES
+    if turn:
+        yield turn
 
 
-def compare(model: str, texts: Sequence[Text]) -> dict[str, Any]:
-    """Both over all texts in turns: per turn its kind, bytes and the CPU seconds of each."""
+def compare(model: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Both over all texts in turns: per turn its bytes and the CPU seconds of each."""
     ours, theirs = Tokenizer(model), sentencepiece.SentencePieceProcessor(model_file=model)
     rows, tokens = [], 0
     before = _peak_bytes()
     for turn in turns(texts):
         began = time.process_time()
-        expected = [theirs.encode(t.text) for t in turn]
+        expected = [theirs.encode(text) for text in turn]
         middle = time.process_time()
-        got = [ours.encode_array(t.text) for t in turn]
+        got = [ours.encode_array(text) for text in turn]
         end = time.process_time()
         for a, b in zip(got, expected, strict=True):
             assert np.array_equal(a, b), "the ids differ from sentencepiece's"
             tokens += len(b)
-        rows.append((turn[0].kind, sum(t.bytes for t in turn), middle - began, end - middle))
-    cache = ours._cache
+        rows.append((size_of(turn), middle - began, end - middle))
+    assert ours.packer, "this model is encoded whole"
     return {
         "turns": rows,
         "tokens": tokens,
-        "cache_chunks": len(cache) + len(cache.old),
-        "cache_bytes": sum(
-            sys.getsizeof(part) for d in (cache, cache.old) for kv in d.items() for part in kv
-        )
-        + sys.getsizeof(cache)
-        + sys.getsizeof(cache.old),
+        "cache_chunks": ours.packer.cached_chunks,
+        "cache_bytes": ours.packer.cached_bytes,
         "peak_growth_bytes": _peak_bytes() - before,
     }
 
 
-def alone(model: str, texts: Sequence[Text]) -> dict[str, Any]:
-    """Ours by itself: seconds for all texts, from an empty cache."""
+def alone(model: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Ours by itself: seconds for all texts, on the clock and of the processor."""
     tokenizer = Tokenizer(model)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     for text in texts:
-        tokenizer.encode_array(text.text)
-    return {"seconds": time.perf_counter() - began}
+        tokenizer.encode_array(text)
+    return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
 
 
 def _peak_bytes() -> int:
@@ -125,13 +121,13 @@ def _peak_bytes() -> int:
 
 
 def in_processes(
-    work: Callable[[str, Sequence[Text]], dict[str, Any]],
+    work: Callable[[str, Sequence[str]], dict[str, Any]],
     model: str,
-    shares: Sequence[Sequence[Text]],
+    shares: Sequence[Sequence[str]],
 ) -> list[dict[str, Any]]:
     """Call `work` on each share in a process of its own, all at once."""
 
-    def child(share: Sequence[Text], end: Connection) -> None:
+    def child(share: Sequence[str], end: Connection) -> None:
         end.send(work(model, share))
 
     # forked, so that the text is neither read nor sent again
@@ -149,17 +145,32 @@ def in_processes(
     return results
 
 
-def rows_by_kind(result: dict[str, Any]) -> list[tuple[str, float, float, float]]:
-    """(what, bytes, seconds of sentencepiece, seconds of ours): all, each kind, and quarters."""
-    taken = result["turns"]
-    by_kind = {kind: [r for r in taken if r[0] == kind] for kind in sorted({r[0] for r in taken})}
-    groups = [("all", taken)]
-    if len(by_kind) > 1:
-        # what is less than one turn says nothing
-        groups += [(k, rows) for k, rows in by_kind.items() if rows[0][1] >= TURN_BYTES]
-    fourth = max(1, len(taken) // 4)
-    groups += [("first quarter", taken[:fourth]), ("last quarter", taken[-fourth:])]
-    return [(name, *(sum(r[i] for r in rows) for i in (1, 2, 3))) for name, rows in groups]  # type: ignore[misc]
+def sums(taken: Sequence[tuple[int, float, float]]) -> list[tuple[str, float, float, float]]:
+    """(what, bytes, seconds of sentencepiece, seconds of ours) of all turns and of each half."""
+    half = max(1, len(taken) // 2)
+    groups = {"all": taken, "first half": taken[:half], "last half": taken[-half:]}
+    return [
+        (name, sum(r[0] for r in rows), sum(r[1] for r in rows), sum(r[2] for r in rows))
+        for name, rows in groups.items()
+    ]
+
+
+def scaling(model: str, texts: Sequence[str], most: int) -> list[dict[str, float]]:
+    """Ours in 1 to `most` processes, each with a share as large as the one alone has."""
+    rows = []
+    for n in range(1, most + 1):
+        shares = [texts[i::most] for i in range(n)]
+        sizes = [size_of(share) for share in shares]
+        results = in_processes(alone, model, shares)
+        speeds = [size / r["wall_s"] for size, r in zip(sizes, results, strict=True)]
+        rows.append(
+            {
+                "processes": n,
+                "bytes_per_s": sum(speeds),
+                "bytes_per_cpu_s": sum(sizes) / sum(r["cpu_s"] for r in results),
+            }
+        )
+    return rows
 
 
 def machine() -> str:
@@ -171,10 +182,10 @@ def machine() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()} cores".lower()).strip("-")
 
 
-def measure(model: str, texts: list[Text], most: int) -> dict[str, Any]:
+def measure(model: str, texts: list[str], most: int) -> dict[str, Any]:
     """Run everything and print it."""
     (both,) = in_processes(compare, model, [texts])
-    rows = rows_by_kind(both)
+    rows = sums(both["turns"])
     print(
         cli.table(
             ("text", "MB", "sentencepiece MB/s", "ours MB/s", "ratio"),
@@ -191,27 +202,19 @@ def measure(model: str, texts: list[Text], most: int) -> dict[str, Any]:
         f" {cli.show_bytes(both['cache_bytes'])}, peak memory grew by"
         f" {cli.show_bytes(both['peak_growth_bytes'])}\n"
     )
-    linear = []
-    for n in range(1, most + 1):
-        # each process gets as much as the one alone: the first n of `most` equal shares
-        shares = [texts[i::most] for i in range(n)]
-        results = in_processes(alone, model, shares)
-        speeds = [
-            sum(t.bytes for t in share) / r["seconds"]
-            for share, r in zip(shares, results, strict=True)
-        ]
-        linear.append({"processes": n, "bytes_per_s": sum(speeds)})
-    first = linear[0]["bytes_per_s"]
+    together = scaling(model, texts, most)
+    first = together[0]
     print(
         cli.table(
-            ("processes", "MB/s together", "of linear"),
+            ("processes", "MB/s together", "of linear", "MB per CPU second"),
             [
                 (
                     x["processes"],
                     f"{x['bytes_per_s'] / 1e6:.2f}",
-                    f"{x['bytes_per_s'] / first / x['processes']:.0%}",
+                    f"{x['bytes_per_s'] / first['bytes_per_s'] / x['processes']:.0%}",
+                    f"{x['bytes_per_cpu_s'] / 1e6:.2f}",
                 )
-                for x in linear
+                for x in together
             ],
         )
     )
@@ -219,7 +222,7 @@ def measure(model: str, texts: list[Text], most: int) -> dict[str, Any]:
     return {
         "ratio": theirs_s / ours_s,
         "parts": [dict(zip(keys, row, strict=True)) for row in rows],
-        "processes": linear,
+        "processes": together,
         **{
             key: both[key] for key in ("tokens", "cache_chunks", "cache_bytes", "peak_growth_bytes")
         },
@@ -241,10 +244,10 @@ def main(argv: list[str]) -> None:
     texts, there = gather(folders, int(args.mb * 1e6))
     if not texts:
         raise UserError(f"{folders[0]} holds no text ({', '.join(SUFFIXES)}, .jsonl.zst)")
-    size = sum(t.bytes for t in texts)
+    size = size_of(texts)
     print(f"{there / 1e6:.0f} MB of distinct text found, {size / 1e6:.1f} MB encoded once each")
     step = max(1, size // TRAIN_BYTES)
-    lines = [line for t in texts[::step] for line in training_lines(t.text, 4192)[0]]
+    lines = [line for text in texts[::step] for line in training_lines(text, 4192)[0]]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tokenizer.model"
         model.write_bytes(train(lines, args.vocab_size, 0.9999, 4192))

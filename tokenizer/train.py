@@ -44,9 +44,6 @@ SMALLEST_VOCAB = 3 + 256 + 1  # unk, BOS, EOS, the bytes, and a character
 # The trainer marks uncovered characters with this one and leaves out lines that hold it.
 RESERVED = "\u2585"
 
-DOCUMENTS = ("*.jsonl.zst", "*.jsonl.gz", "*.jsonl")
-# A corpus run keeps these beside its documents.
-NO_DOCUMENTS = ("journal.jsonl", "quarantine.jsonl.zst")
 # A source much larger than its share is not read to its end: files in the order of a hash of their
 # name, until they held this many times the share.
 READ_TIMES = 4
@@ -83,10 +80,10 @@ def find_sources(folder: Path, weights: dict[str, float] | None) -> dict[str, li
         raise UserError(f"--input {folder} holds no folder of documents per source")
     found = {}
     for name in sorted(weights or there):
-        paths = {path for pattern in DOCUMENTS for path in (folder / name).rglob(pattern)}
-        found[name] = sorted(path for path in paths if path.name not in NO_DOCUMENTS)
+        found[name] = files.document_files(folder / name)
         if not found[name]:
-            raise UserError(f"source {name} has no documents ({', '.join(DOCUMENTS)}) in {folder}")
+            known = " or ".join(files.DOCUMENT_SUFFIXES)
+            raise UserError(f"source {name} has no documents in {folder / name} ({known})")
     if weights and (others := [name for name in there if name not in weights]):
         print(f"not in the mixture and left out: {', '.join(others)}")
     return found
