@@ -11,7 +11,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 echo_run() {
-    printf '\n$ %s\n' "$*"
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
     "$@"
 }
 
@@ -20,11 +22,9 @@ for source in github docs manual packages; do
     echo_run python -m llama.corpus run --config configs/corpus/installed.yaml --part "$source" \
         --output "$data/documents/$source"
 done
-if [ ! -e "$data/tokenizer" ]; then
-    echo_run python -m tokenizer.train --config configs/tokenizer.yaml --vocab_size 4096 \
-        --input "$data/documents" --mixture configs/mixtures/quickstart.yaml \
-        --output "$data/tokenizer"
-fi
+echo_run python -m tokenizer.train --config configs/tokenizer.yaml --vocab_size 4096 \
+    --input "$data/documents" --mixture configs/mixtures/quickstart.yaml \
+    --output "$data/tokenizer"
 echo_run python -m llama.data.tokenize --input "$data/documents" --tokenizer "$data/tokenizer" \
     --output "$data/tokens" --valid_per_10k 500
 if grep -qs '"done"' runs/quickstart/EXIT_REASON; then

@@ -14,7 +14,8 @@ from llama import files
 from llama.data.shards import Source, open_sources
 from llama.data.writer import ShardWriter, Vocabulary, write_manifest
 
-WORDS = "def return the of model and token self import window if 3 14 shard order = ( ) : é ж".split()
+_WORDS = "def return the of model and token self import window if 3 14 shard order = ( ) : é ж"
+WORDS = _WORDS.split()
 VOCABULARY = Vocabulary("0" * 64, 32_000, 1, 2)
 Documents = list[tuple[str, list[int]]]
 

@@ -18,7 +18,6 @@ from llama.data import mixture
 from llama.runtime import metrics
 from llama.runtime.state import State, Step
 
-
 # A step reaches about this share of the speed of bare matrix products, on CPUs and GPUs alike.
 USUAL_SHARE = 0.4
 
