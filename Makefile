@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-fast test-all lint types size clean
+.PHONY: help env env-dev quickstart test test-fast test-all lint types size clean
 
 help:
 	@echo "make quickstart   environment, corpus, tokenizer, shards, training, sampled text"
-	@echo "make env          the environment alone, in $(VENV)"
+	@echo "make env          the environment alone, in $(VENV); env-dev adds what tests need"
 	@echo "make test         lint, types and the tests that CI runs (20 minutes on 2 cores)"
 	@echo "make test-fast    the tests of under 2 minutes"
 	@echo "make test-all     every test, with the long ones"
@@ -23,32 +23,38 @@ help:
 	@echo "make size         lines per file and the longest functions"
 
 env: $(VENV)/.installed
+env-dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 11) else f"error: $(PYTHON) is Python {v}, this project needs 3.11 or newer: make env PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25" "setuptools>=77" wheel
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev,corpus,tensorboard]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[corpus,report]"
+	@touch $@
+
+# what tests, lint and types need beside it
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
 quickstart: env
 	VENV=$(VENV) bash scripts/quickstart.sh
 
-test: env lint types
+test: env-dev lint types
 	$(PYTEST) -m "not full"
 
-test-fast: env
+test-fast: env-dev
 	$(PYTEST) -m "not slow and not full"
 
-test-all: env lint types
+test-all: env-dev lint types
 	$(PYTEST)
 
-lint: env
+lint: env-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: env
+types: env-dev
 	$(BIN)/mypy
 
 size: env

@@ -20,10 +20,12 @@ from kernels import attention
 from llama import cli, config, costs, files, optim
 from llama.cli import UserError, show_bytes, show_count
 from llama.config import Config
+from llama.convert.load import load_weights, recognise
 from llama.data import loader, mixture, schedule, shards
+from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply
-from llama.runtime import checkpoint, console, folder, metrics, signals, world
+from llama.runtime import console, folder, metrics, oom, signals, world
 from llama.runtime.state import State, Step, resume, save
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,7 +125,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     model.init_weights(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
     if cfg.train.init_from:
-        checkpoint.newest(cfg.train.init_from)  # refused here, before anything is written
+        recognise(cfg.train.init_from)  # refused here, before anything is written
     return State(
         cfg=cfg,
         world=here,
@@ -190,10 +192,14 @@ def train(cfg: Config) -> int:
     here = world.start()
     stop = signals.Stop()
     run = folder.RUNS / cfg.name
-    state = build(cfg, here, run)
+    with oom.explained("building the model", cfg, here):
+        state = build(cfg, here, run)
     with folder.held(run, here):
         folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
-        resume(state)
+        with oom.explained("loading the checkpoint", cfg, here, state):
+            if not resume(state) and cfg.train.init_from:
+                weights, tokenizer = dict(state.model.named_parameters()), state.tokenizer_sha256
+                here.say(load_weights(cfg.train.init_from, weights, here, tokenizer))
         folder.record(run, cfg, here)
         try:
             asked = loop(state, stop)
@@ -228,7 +234,8 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     asked = None
     for number, tokens, source in reader.steps(state.step, state.steps, share):
         assert number == state.step
-        measured = step(state, tokens, source)
+        with oom.explained(f"step {number + 1}", cfg, here, state):
+            measured = step(state, tokens, source)
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
@@ -236,7 +243,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             row = console.log_row(state, measured, clock, reader.waited_s)
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
-            with clock.paused():
+            with clock.paused(), oom.explained("validation", cfg, here, state):
                 losses = validate(state)
             here.say(metrics.validation_line(state.step, losses))
             row |= {f"val/{name}": loss for name, loss in losses.items()}
@@ -291,13 +298,15 @@ def main(argv: list[str]) -> int:
     parser = config.parser("torchrun train.py")
     parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
     try:
+        refuse_clashes()
         cfg = config.load(argv, parser)
         if "--dry_run" in argv or "--dry-run" in argv:
             dry_run(cfg)
             return 0
         return train(cfg)
-    except UserError:
-        if int(os.environ.get("RANK", 0)):
+    except UserError as error:
+        # a rank that runs out of memory may be the only one to know
+        if int(os.environ.get("RANK", 0)) and not isinstance(error, oom.OutOfMemory):
             _wait_to_be_ended()
         raise
     finally:

@@ -2,7 +2,14 @@
 
 import textwrap
 
+from llama import cli
+
 COMMANDS = [
+    (
+        "python -m llama.doctor",
+        "what this machine lacks, and what to do",
+        "",
+    ),
     (
         "python -m llama.corpus run",
         "raw text to documents (.jsonl.zst)",
@@ -39,6 +46,16 @@ COMMANDS = [
         "runs/quickstart --step 10",
     ),
     (
+        "python -m llama.report",
+        "one page about a run, or several compared",
+        "runs/quickstart",
+    ),
+    (
+        "python -m llama.convert",
+        "weights to and from Hugging Face, Meta, GGUF",
+        "runs/quickstart exports/quickstart --to hf",
+    ),
+    (
         "python -m llama.generate",
         "text from a checkpoint",
         'runs/quickstart --prompt "def main("',
@@ -63,4 +80,4 @@ def listing() -> str:
 
 
 if __name__ == "__main__":
-    print(listing())
+    cli.run(lambda argv: print(listing()))

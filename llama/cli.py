@@ -27,6 +27,7 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and exit with the project's codes."""
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER

@@ -97,7 +97,8 @@ class TrainConfig:
         micro_batch: Windows per forward pass and process; auto takes what is known to fit.
         dtype: Of the forward and backward pass; master weights and reductions are float32.
         compile: torch.compile per block; auto compiles on GPUs.
-        init_from: Weights to start from (a run, a checkpoint), with a fresh optimizer.
+        init_from: Weights to start from, with a fresh optimizer: a run, a checkpoint, or a
+            folder of Hugging Face's or Meta's.
     """
 
     tokens: Count = Count(1_000_000)

@@ -32,6 +32,7 @@ if grep -qs '"done"' runs/quickstart/EXIT_REASON; then
 else
     echo_run torchrun --nproc-per-node 2 --signals-to-handle SIGTERM,SIGINT,SIGUSR1,SIGUSR2 train.py
 fi
+echo_run python -m llama.report runs/quickstart
 echo_run python -m llama.generate runs/quickstart --prompt 'def main(' --max_tokens 100 --seed 0
 
 cat <<'TABLE'
@@ -41,12 +42,13 @@ what lies where
   data/quickstart/tokenizer/    tokenizer.model (SentencePiece)
   data/quickstart/tokens/       token shards per source, train and valid
   runs/quickstart/metrics.jsonl every number of the run
+  runs/quickstart/report.html   curves, mixture, samples; loss.png beside it
   runs/quickstart/ckpt/         checkpoints
 
 next
   python -m llama.generate runs/quickstart --prompt 'class '
   python -m llama.data.ledger runs/quickstart --step 10
-  python -m llama.data.mixture --config configs/quickstart.yaml
+  python -m llama.convert runs/quickstart exports/quickstart --to hf
   python -m llama                              every command
   docs/own-data.md                             your own text to your own model
 TABLE

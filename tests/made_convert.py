@@ -10,7 +10,7 @@ import pytest
 import torch
 from made_data import make_source, make_tokenizer, text
 
-from llama import config
+from llama import config, files
 from llama.config import Config, DataConfig, ModelConfig
 from llama.convert import __main__ as command
 from llama.convert import check
@@ -65,6 +65,7 @@ def make_run(place: Path, rng: random.Random, name: str = "run", **model: Any) -
         file, tokenizer, vocabulary = open_tokenizer(make_tokenizer(place / "pieces"))
         for source in ("web", "code"):
             documents = [(f"{source}/{i}", text(rng, rng.randrange(1, 90))) for i in range(40)]
+            files.write_json(place / f"{source}.json", dict(documents))
             encoded = [(key, [1, *tokenizer.encode(content), 2]) for key, content in documents]
             make_source(tokens / source, [encoded], vocabulary)
         place_tokenizer(file, tokens)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llama.cli import UserError
 from llama.config import ModelConfig
-from llama.convert import check, hf, load, names
+from llama.convert import hf, load, names
 
 Folder = Path
 
@@ -207,7 +207,7 @@ BAD: dict[str, tuple[Callable[[Folder], None], str]] = {
     "another family": (change(model_type="qwen2"), "model_type is 'qwen2', only 'llama'"),
     "another activation": (change(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "quantised": (change(quantization_config={"bits": 4}), "quantization_config is"),
-    "a word": (change(hidden_size="64"), "hidden_size is '64', expected a number"),
+    "a word": (change(hidden_size="64"), "hidden_size is '64', expected a whole number"),
     "nothing": (change(hidden_size=None), "has no hidden_size"),
     "no heads": (change(num_attention_heads=0), "config.json: .*"),
     "fractions": (change(num_hidden_layers=1.5), "config.json: .*"),

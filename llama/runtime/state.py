@@ -47,6 +47,10 @@ class State:
         return self.order.tokens(self.step)
 
     @property
+    def tokenizer_sha256(self) -> str:
+        return next(iter(self.sources.values())).tokenizer_sha256
+
+    @property
     def eos_id(self) -> int:
         return next(iter(self.sources.values())).eos_id
 
@@ -61,7 +65,7 @@ class State:
         """What must not change under a run: model shape, tokenizer, token shards."""
         return {
             "model": config.to_dict(self.cfg)["model"],
-            "tokenizer": next(iter(self.sources.values())).tokenizer_sha256,
+            "tokenizer": self.tokenizer_sha256,
             "data": {name: source.manifest_sha256 for name, source in self.sources.items()},
         }
 
@@ -100,21 +104,12 @@ def save(state: State) -> bool:
     return not problem
 
 
-def resume(state: State) -> None:
-    """Load the newest valid checkpoint of the run; without one, the weights of `init_from`."""
+def resume(state: State) -> bool:
+    """Load the newest valid checkpoint of the run; False where there is none."""
     cfg, here = state.cfg, state.world
     found = checkpoint.choose(state.run, here)
     if found is None:
-        if cfg.train.init_from:
-            source = checkpoint.newest(cfg.train.init_from)
-            if problem := next(
-                filter(None, here.gather(checkpoint.damage(source, True, here.rank, here.size))),
-                None,
-            ):
-                raise UserError(f"train.init_from {source} is damaged: {problem}")
-            checkpoint.load(source, state.weights(), here)
-            here.say(f"initial weights from {source}")
-        return
+        return False
     if cfg.checkpoint.resume == "never":
         raise UserError(
             f"{state.run} has checkpoints and checkpoint.resume is never: use --name other"
@@ -132,6 +127,7 @@ def resume(state: State) -> None:
     rows = [saved["window"].get(name, [0.0, 0.0]) for name in state.order.names]
     state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
     here.say(f"resuming {state.run} from step {state.step} ({found.name})")
+    return True
 
 
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:

@@ -1,0 +1,111 @@
+"""A SentencePiece tokenizer as Hugging Face's tokenizer.json, with the same ids for every text.
+
+In: our tokenizer (paper §2.1). Out: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+A BPE piece of SentencePiece is joined from any two pieces that make it, the best score first; here
+that is a list of merges. BOS goes before every text, as it does before every document in training.
+Text never turns into control pieces, neither there nor here (`split_special_tokens`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import Tokenizer as FastTokenizer
+
+from llama import files
+from tokenizer.tokenizer import SPACE_PIECE, Tokenizer
+
+FILE = "tokenizer.json"
+
+
+def write(tokenizer: Tokenizer, part: Path, context: int) -> None:
+    """The three files. Not LlamaTokenizer: transformers would build another one from it."""
+    fast, control = build(tokenizer)
+    fast.save(str(part / FILE))
+    files.write_json(part / "special_tokens_map.json", control)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **control,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+        # transformers 4 would add token types, which LlamaForCausalLM does not take
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    files.write_json(part / "tokenizer_config.json", settings)
+
+
+def build(tokenizer: Tokenizer) -> tuple[FastTokenizer, dict[str, str]]:
+    """The tokenizer, and its control pieces under transformers' names."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    ids = range(tokenizer.vocab_size)
+    vocabulary = {model.id_to_piece(i): i for i in ids}
+    silent = [i for i in ids if model.is_control(i) or model.is_unknown(i)]
+    joins = [
+        (-model.get_score(i), i, piece[:k], piece[k:])
+        for piece, i in vocabulary.items()
+        if i not in silent and not model.is_byte(i)
+        for k in range(1, len(piece))
+        if piece[:k] in vocabulary and piece[k:] in vocabulary
+    ]
+    unknown, bos, eos = (
+        model.id_to_piece(i) for i in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
+    )
+    fast = FastTokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in sorted(joins)],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=any(model.is_byte(i) for i in ids),
+        )
+    )
+    prefixed = model.encode_as_pieces("a")[0].startswith(SPACE_PIECE)
+    spaces = [normalizers.Replace(" ", SPACE_PIECE)]
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_PIECE)] * prefixed + spaces)
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * prefixed
+    )
+    control = [AddedToken(model.id_to_piece(i), special=True, normalized=False) for i in silent]
+    fast.add_special_tokens(control)
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+    )
+    return fast, {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
+
+
+def encode(folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids that a written tokenizer.json gives, with what it adds in front."""
+    fast = FastTokenizer.from_file(str(folder / FILE))
+    fast.encode_special_tokens = True
+    return [encoding.ids for encoding in fast.encode_batch(texts)]
+
+
+def fuzz(tokenizer: Tokenizer, n: int, rng: random.Random) -> list[str]:
+    """Texts that tokenizers disagree on: runs, spaces, control pieces, rare characters."""
+    planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    marks = ["<s>", "</s>", "<unk>", "<0x41>", SPACE_PIECE, " ", "  ", "\n", "\t", "=", "==", "0"]
+
+    def piece() -> str:
+        return tokenizer.decode([rng.randrange(tokenizer.vocab_size)])
+
+    def text() -> str:
+        kind, length = rng.randrange(5), rng.randrange(1, 30)
+        if kind == 0:
+            return (" " * rng.randrange(2)).join(piece() for _ in range(length))
+        if kind == 1:
+            return "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(length))
+        if kind == 2:
+            return "".join(rng.choice(marks) for _ in range(length))
+        if kind == 3:
+            return rng.choice(["a", " ", "=", "-", "0", "\n", SPACE_PIECE, "é"]) * length
+        return " " * rng.randrange(4) + " ".join(piece() for _ in range(length)) + rng.choice(marks)
+
+    return [text() for _ in range(n)]
