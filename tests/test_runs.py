@@ -391,7 +391,7 @@ FRESH = {
     "vocabulary": ({"model.vocab_size": 513}, "model.vocab_size is 513"),
     "no window": ({"data.seq_len": 512_000, "train.batch_tokens": 512_000}, "holds no window"),
     "layout": ({"parallel.shard": 3}, "do not make the 1 processes"),
-    "init": ({"train.init_from": "runs/nothing"}, "runs/nothing holds no complete checkpoint"),
+    "init": ({"train.init_from": "runs/nothing"}, "runs/nothing does not exist"),
 }
 
 
@@ -427,6 +427,17 @@ def test_changed_values_are_accepted_when_asked(workspace: Path) -> None:
     for name in plan.names:
         ahead = segments[1].starts[name]
         assert ahead[0] * segments[1].windows[name] + ahead[1] == plan.counts(4)[name]
+
+
+def test_a_run_starts_from_the_weights_of_another(workspace: Path, single: Run) -> None:
+    options = {"train.init_from": "runs/single", "train.tokens": 1024}
+    run = Run(workspace, "continued", options=options)
+    output = run.finish()
+    assert "runs/single" in output
+    # lower than any loss while the weights were made: no step of a fresh model does that
+    assert run.rows()[0]["loss"] < min(row["loss"] for row in single.rows()[:-5])
+    state = checkpoint.read_state(checkpoint.newest(run.folder))
+    assert (state["step"], state["adam_steps"]) == (1, 1)
 
 
 def test_dry_run_builds_the_published_sizes_and_writes_nothing(tmp_path: Path) -> None:
