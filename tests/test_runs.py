@@ -173,7 +173,7 @@ def single(workspace: Path) -> Run:
     run = Run(workspace, "single")
     output = run.finish()
     assert f"{STEPS}/{STEPS}" in output and run.verdict() == "done"
-    assert "1 micro-step per step" in output and "the first line comes after" in output
+    assert "1 micro-step per step" in output and "first line after one step" in output
     return run
 
 
@@ -515,3 +515,13 @@ def test_attention_may_stay_inside_documents(inside: train.State) -> None:
     logits = inside.model(inputs, doc_ids=docs)
     assert torch.allclose(logits[0, 31:], logits[1, 31:], atol=1e-6)
     assert not torch.allclose(inside.model(inputs)[0, 31:], inside.model(inputs)[1, 31:], atol=1e-4)
+
+
+def test_what_is_said_before_the_first_line(inside: train.State, capsys) -> None:
+    inside.cfg.optim.warmup_steps = 30
+    train.console.announce(inside)
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "optim.warmup_steps 30 is longer than the run of 20 steps" in said
+    assert "1 micro-step per step, each 16 windows of 64 tokens per process" in said
+    assert "first line after one step, about" in said

@@ -27,25 +27,22 @@ def announce(state: State) -> None:
     cfg, here = state.cfg, state.world
     windows = state.order.segment(state.step).batch_windows
     micro_steps = math.ceil(windows / (state.micro_batch * here.size))
-    here.say(
-        f"{cfg.name}: {show_count(costs.parameters(cfg.model))} parameters, {state.steps} steps of "
-        f"{show_count(windows * cfg.data.seq_len)} tokens on {here.size} x {here.device.type}"
-    )
-    here.say(
-        f"{micro_steps} micro-step{'s' * (micro_steps > 1)} per step, each {state.micro_batch} "
-        f"windows of {cfg.data.seq_len} tokens per process; {state.dtype}, "
-        f"attention: {state.backend}"
-    )
     flops = windows * cfg.data.seq_len * costs.flops_per_token(cfg.model, cfg.data.seq_len)[0]
     seconds = flops / here.size / (USUAL_SHARE * matmul_flops(here.device, state.dtype))
     here.say(
-        f"the first line comes after one step, about {show_seconds(max(seconds, 1))} from now "
-        f"(without compiling), then one every {cfg.log.every} steps"
+        f"{cfg.name}: {show_count(costs.parameters(cfg.model))} parameters, {state.steps} steps of "
+        f"{show_count(windows * cfg.data.seq_len)} tokens\n"
+        f"{here.size} x {here.device.type}, {str(state.dtype).removeprefix('torch.')}, "
+        f"attention: {state.backend}\n"
+        f"{micro_steps} micro-step{'s' * (micro_steps > 1)} per step, each {state.micro_batch} "
+        f"windows of {cfg.data.seq_len} tokens per process\n"
+        f"first line after one step, about {show_seconds(max(seconds, 1))} (and compiling, if on); "
+        f"then every {cfg.log.every} steps"
     )
     if cfg.optim.warmup_steps >= state.steps:
         here.say(
             f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
-            f"{state.steps} steps: the learning rate never reaches {cfg.optim.lr}"
+            f"{state.steps} steps:\nthe learning rate never reaches {cfg.optim.lr}"
         )
     for name in sorted(set(state.sources) - set(state.valid)):
         here.say(f"no validation for {name}: its held-out documents fill no window")
