@@ -181,19 +181,24 @@ from llama.model import Transformer
 from llama.parallel import apply
 from llama.runtime import world
 
-here = world.start()
-truth = load.open_source(sys.argv[1])
-with torch.device("meta"):
-    model = Transformer(truth.cfg)
-apply.apply(model, Config(model=truth.cfg), here.device, torch.float32)
-for source in sys.argv[2:]:
-    model.to_empty(device=here.device)
-    parameters = dict(model.named_parameters())
-    assert all(isinstance(p, DTensor) for p in parameters.values())
-    load.load_weights(source, parameters, here, truth.tokenizer_sha256)
-    for name, parameter in parameters.items():
-        assert torch.equal(parameter.full_tensor().cpu(), truth.read(name)), (source, name)
-here.say(f"loaded {len(sys.argv) - 2}")
+def main():
+    here = world.start()
+    truth = load.open_source(sys.argv[1])
+    with torch.device("meta"):
+        model = Transformer(truth.cfg)
+    apply.apply(model, Config(model=truth.cfg), here.device, torch.float32)
+    for source in sys.argv[2:]:
+        model.to_empty(device=here.device)
+        parameters = dict(model.named_parameters())
+        assert all(isinstance(p, DTensor) for p in parameters.values())
+        load.load_weights(source, parameters, here, truth.tokenizer_sha256)
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter.full_tensor().cpu(), truth.read(name)), (source, name)
+    here.say(f"loaded {len(sys.argv) - 2}")
+
+
+# in a function: meshes that outlive the process group abort the interpreter's end now and then
+main()
 world.stop()
 """
 

@@ -4,6 +4,7 @@ The only place that reads the environment variables of torchrun. Without torchru
 process and everything else stays the same.
 """
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,5 +83,7 @@ def start() -> World:
 
 def stop() -> None:
     """Leave the process group."""
+    # meshes that outlive the group abort the end of the interpreter now and then
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
