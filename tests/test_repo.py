@@ -208,6 +208,20 @@ def test_an_old_python_is_named_before_anything_is_written(tmp_path: Path) -> No
     assert not venv.exists()
 
 
+def test_make_honours_its_variables() -> None:
+    url = "https://download.pytorch.org/whl/cpu"
+    shown = subprocess.run(
+        ["make", "-n", "-B", "env", "PYTHON=python9", "VENV=elsewhere", f"TORCH_INDEX={url}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "python9 -m venv elsewhere" in shown
+    assert f"elsewhere/bin/python -m pip install -q --index-url {url} -c constraints.txt" in shown
+    assert ".venv" not in shown
+
+
 def test_every_command_is_listed_and_answers_help() -> None:
     listing = subprocess.run(
         [sys.executable, "-m", "llama"], cwd=ROOT, capture_output=True, text=True, check=True

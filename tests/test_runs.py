@@ -21,6 +21,7 @@ import torch
 
 import train
 from llama import config
+from llama.cli import UserError
 from llama.data import order
 from llama.runtime import checkpoint, metrics, world
 
@@ -408,6 +409,24 @@ def test_under_torchrun_one_sentence_for_all_ranks(workspace: Path) -> None:
     _refused(Run(workspace, "refused-two", 2, options), "does not divide over 2 processes")
 
 
+def test_another_tokenizer_is_refused(workspace: Path, single: Run) -> None:
+    """Of the same size, so that only its bytes tell."""
+    python = [sys.executable, "-m"]
+    _call(
+        *python, "tokenizer.train", "--config", str(ROOT / "configs/tokenizer.yaml"),
+        "--vocab_size", "512", "--input", "documents", "--mixture", "mixture.yaml",
+        "--character_coverage", "0.99", "--output", "other/tokenizer", cwd=workspace,
+    )  # fmt: skip
+    _call(
+        *python, "llama.data.tokenize", "--input", "documents", "--tokenizer", "other/tokenizer",
+        "--output", "other/tokens", "--valid_per_10k", "2000", cwd=workspace,
+    )  # fmt: skip
+    run = Run(workspace, "single", options={"data.path": "other/tokens"})
+    _refused(run, "was trained with another tokenizer")
+    accepted = {"data.path": "other/tokens", "checkpoint.accept_changes": True}
+    _refused(Run(workspace, "single", options=accepted), "was trained with another tokenizer")
+
+
 def test_changed_values_are_accepted_when_asked(workspace: Path) -> None:
     first = Run(workspace, "changed", options={"train.tokens": 1024 * 4})
     first.finish()
@@ -515,6 +534,12 @@ def test_attention_may_stay_inside_documents(inside: train.State) -> None:
     logits = inside.model(inputs, doc_ids=docs)
     assert torch.allclose(logits[0, 31:], logits[1, 31:], atol=1e-6)
     assert not torch.allclose(inside.model(inputs)[0, 31:], inside.model(inputs)[1, 31:], atol=1e-4)
+
+
+def test_a_disk_too_small_is_refused_before_training(inside: train.State) -> None:
+    with pytest.raises(UserError, match=r"one checkpoint takes 1000\.0 TB"):
+        train.folder.check(inside.run, inside.cfg, inside.world, 10**15)
+    assert not inside.run.exists()
 
 
 def test_what_is_said_before_the_first_line(inside: train.State, capsys) -> None:
