@@ -19,6 +19,8 @@ echo_run() {
 
 data=data/quickstart
 for source in github docs manual packages; do
+    # what is installed may have changed since; a finished corpus stays as it is
+    [ -e "$data/documents/$source/stats.json" ] && continue
     echo_run python -m llama.corpus run --config configs/corpus/installed.yaml --part "$source" \
         --output "$data/documents/$source"
 done

@@ -290,6 +290,31 @@ def test_signal_saves_once_and_the_same_command_goes_on(
     assert list(map(_exact, run.rows())) == list(map(_exact, double.rows()))
 
 
+def test_a_batch_ramp_resumes_inside_documents(workspace: Path) -> None:
+    """Smaller batches first, attention and loss inside documents, stopped within the ramp."""
+    options: dict[str, object] = {
+        "train.batch_ramp": "[[512,4],[768,4]]",
+        "data.attend_across_documents": "false",
+        "data.boundary_loss": "false",
+        "optim.schedule": "wsd",
+        "log.tensorboard": "true",
+    }
+    whole, stopped = Run(workspace, "ramp", 1, options), Run(workspace, "ramp-stopped", 1, options)
+    whole.finish()
+    child = stopped.start()
+    stopped.wait_for_step(2)
+    child.send_signal(signal.SIGUSR2)
+    child.communicate(timeout=120)
+    assert stopped.verdict() == "requeue"
+    stopped.finish()
+    rows = whole.rows()
+    assert list(map(_exact, stopped.rows())) == list(map(_exact, rows))
+    batches = [int(b["tokens"] - a["tokens"]) for a, b in zip(rows, rows[1:], strict=False)]
+    assert [int(rows[0]["tokens"]), *batches] == [512] * 4 + [768] * 4 + [1024] * 15
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert list((whole.folder / "tensorboard").iterdir())
+
+
 def test_without_torchrun_a_signal_exits_75(workspace: Path, single: Run) -> None:
     run = Run(workspace, "interrupted", options={"checkpoint.every": 1000})
     child = run.start()
