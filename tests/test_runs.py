@@ -369,6 +369,26 @@ def test_more_layouts(workspace: Path, single: Run, size: int, options: dict[str
         assert other == pytest.approx(loss, rel=1e-6)
 
 
+def test_the_ledger_of_a_run_and_of_a_damaged_one(workspace: Path, single: Run) -> None:
+    ledger = [sys.executable, "-m", "llama.data.ledger"]
+    spent = _call(*ledger, "runs/single", "--spent", cwd=workspace).stdout
+    assert f"{1024 * STEPS:,} tokens in {STEPS} of {STEPS} steps" in spent
+    listed = _call(*ledger, "runs/single", "--step", "3", cwd=workspace).stdout
+    assert "code" in listed and "mail" in listed
+    copy = workspace / "runs" / "damaged-ledger"
+    shutil.copytree(single.folder, copy)
+    state = checkpoint.newest(copy) / "state.json"
+    state.write_text('{"step": 20}')
+    result = subprocess.run(
+        [*ledger, "runs/damaged-ledger", "--spent"],
+        cwd=workspace,
+        env=ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "state.json is damaged" in result.stderr
+
+
 def test_a_damaged_checkpoint_falls_back_loudly(workspace: Path, single: Run) -> None:
     run = Run(workspace, "damaged", options={"checkpoint.every": 4, "train.tokens": 1024 * 8})
     run.finish()

@@ -212,7 +212,10 @@ def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:
     states = [path / "state.json"] if run != path else sorted(run.glob("ckpt/step-*/state.json"))
     if states:
         state = files.read_json(states[-1])
-        order, step = Order(cfg.seed, from_json(state["segments"])), int(state["step"])
+        try:
+            order, step = Order(cfg.seed, from_json(state["segments"])), int(state["step"])
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"{states[-1]} is damaged: {error!r}") from error
         return cfg, order, open_sources(cfg.data.path, order.names), step
     assert isinstance(cfg.data.mixture, dict)
     sources = open_sources(cfg.data.path, cfg.data.mixture)
