@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import attention_cpu, reference
 
 BACKENDS = ("sdpa", "reference")
 
@@ -64,14 +64,15 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
     mask = doc_ids
     if doc_ids is not None and doc_ids.dim() == 2:
         mask = reference.visible(n_queries, doc_ids)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),  # (B, H, T, D)
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None and n_queries > 1,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    grouped = q.shape[2] != k.shape[2]
+    causal = mask is None and n_queries > 1
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
+    if causal and q.device.type == "cpu" and n_queries in attention_cpu.WORTH_BLOCKS:
+        out = attention_cpu.causal_attention(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
     return out.transpose(1, 2)  # (B, T, H, D)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from kernels import reference
+from kernels import ops, reference
 from kernels.attention import attention, document_mask
 from llama.config import ModelConfig
 
@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class KVCache:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self, x: Tensor, freqs_cis: Tensor, docs: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = reference.rope(q, freqs_cis), reference.rope(k, freqs_cis)  # (B, T, H or K, D)
+        q, k = ops.rope(q, freqs_cis), ops.rope(k, freqs_cis)  # (B, T, H or K, D)
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.wo(attention(q, k, v, docs, self.backend).flatten(2))
@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(cfg.dim, cfg.hidden_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(reference.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -117,7 +117,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return nn.functional.linear(x, self.weight)
-        losses = reference.linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
+        losses = ops.linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
         return losses.view(targets.shape).sum(1), (targets != reference.IGNORED).sum(1)
 
 
