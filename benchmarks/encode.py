@@ -9,10 +9,6 @@ compared as well.
 import hashlib
 import multiprocessing
 import os
-import platform
-import re
-import resource
-import sys
 import sysconfig
 import tempfile
 import time
@@ -24,6 +20,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from benchmarks import harness
 from llama import cli, files
 from llama.cli import UserError
 from tokenizer.tokenizer import Tokenizer
@@ -34,7 +31,6 @@ SUFFIXES = (".py", ".txt", ".md", ".rst", ".html")
 # to a shared processor, long beside what one leaves of its caches to the other.
 TURN_BYTES = 5_000_000
 TRAIN_BYTES = 10_000_000
-GOAL = 4.0
 
 
 def gather(folders: Sequence[Path], limit_bytes: int) -> tuple[list[str], int]:
@@ -82,10 +78,10 @@ def turns(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def compare(model: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Both over all texts in turns: per turn its bytes and the CPU seconds of each."""
+    """Both over all texts in turns: (bytes, CPU seconds of sentencepiece, of ours) per turn."""
     ours, theirs = Tokenizer(model), sentencepiece.SentencePieceProcessor(model_file=model)
     rows, tokens = [], 0
-    before = _peak_bytes()
+    before = harness.peak_bytes()
     for turn in turns(texts):
         began = time.process_time()
         expected = [theirs.encode(text) for text in turn]
@@ -102,29 +98,19 @@ def compare(model: str, texts: Sequence[str]) -> dict[str, Any]:
         "tokens": tokens,
         "cache_chunks": ours.packer.cached_chunks,
         "cache_bytes": ours.packer.cached_bytes,
-        "peak_growth_bytes": _peak_bytes() - before,
+        "peak_growth_bytes": harness.peak_bytes() - before,
     }
 
 
-def alone(model: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Ours by itself: seconds for all texts, on the clock and of the processor."""
+def alone(model: str, texts: Sequence[str]) -> harness.Turn:
+    """Ours by itself."""
     tokenizer = Tokenizer(model)
-    began, cpu_began = time.perf_counter(), time.process_time()
-    for text in texts:
-        tokenizer.encode_array(text)
-    return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu_began}
-
-
-def _peak_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return harness.timed(lambda: [tokenizer.encode_array(text) for text in texts])
 
 
 def in_processes(
-    work: Callable[[str, Sequence[str]], dict[str, Any]],
-    model: str,
-    shares: Sequence[Sequence[str]],
-) -> list[dict[str, Any]]:
+    work: Callable[[str, Sequence[str]], Any], model: str, shares: Sequence[Sequence[str]]
+) -> list[Any]:
     """Call `work` on each share in a process of its own, all at once."""
 
     def child(share: Sequence[str], end: Connection) -> None:
@@ -145,13 +131,16 @@ def in_processes(
     return results
 
 
-def sums(taken: Sequence[tuple[int, float, float]]) -> list[tuple[str, float, float, float]]:
-    """(what, bytes, seconds of sentencepiece, seconds of ours) of all turns and of each half."""
+def parts(taken: Sequence[tuple[int, float, float]]) -> list[dict[str, Any]]:
+    """Bytes and CPU seconds of all turns and of each half."""
     half = max(1, len(taken) // 2)
     groups = {"all": taken, "first half": taken[:half], "last half": taken[-half:]}
+    sums = {
+        name: [sum(column) for column in zip(*rows, strict=True)] for name, rows in groups.items()
+    }
     return [
-        (name, sum(r[0] for r in rows), sum(r[1] for r in rows), sum(r[2] for r in rows))
-        for name, rows in groups.items()
+        {"text": name, "bytes": size, "sentencepiece_s": theirs_s, "ours_s": ours_s}
+        for name, (size, theirs_s, ours_s) in sums.items()
     ]
 
 
@@ -161,72 +150,58 @@ def scaling(model: str, texts: Sequence[str], most: int) -> list[dict[str, float
     for n in range(1, most + 1):
         shares = [texts[i::most] for i in range(n)]
         sizes = [size_of(share) for share in shares]
-        results = in_processes(alone, model, shares)
-        speeds = [size / r["wall_s"] for size, r in zip(sizes, results, strict=True)]
+        turns_ = in_processes(alone, model, shares)
         rows.append(
             {
                 "processes": n,
-                "bytes_per_s": sum(speeds),
-                "bytes_per_cpu_s": sum(sizes) / sum(r["cpu_s"] for r in results),
+                "bytes_per_s": sum(s / t.wall_s for s, t in zip(sizes, turns_, strict=True)),
+                "bytes_per_cpu_s": sum(sizes) / sum(t.cpu_s for t in turns_),
             }
         )
     return rows
 
 
-def machine() -> str:
-    """The processor's name and number of cores, as a folder name."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
-        name = found[1]
-    return re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()} cores".lower()).strip("-")
-
-
 def measure(model: str, texts: list[str], most: int) -> dict[str, Any]:
-    """Run everything and print it."""
+    """Run everything."""
     (both,) = in_processes(compare, model, [texts])
-    rows = sums(both["turns"])
-    print(
-        cli.table(
-            ("text", "MB", "sentencepiece MB/s", "ours MB/s", "ratio"),
-            [
-                (name, f"{b / 1e6:.1f}", f"{b / 1e6 / s:.2f}", f"{b / 1e6 / o:.2f}", f"{s / o:.2f}")
-                for name, b, s, o in rows
-            ],
+    found = parts(both.pop("turns"))
+    ratio = found[0]["sentencepiece_s"] / found[0]["ours_s"]
+    return {"ratio": ratio, "parts": found, "processes": scaling(model, texts, most), **both}
+
+
+def show(found: dict[str, Any]) -> str:
+    def speed(part: dict[str, Any], who: str) -> str:
+        return f"{part['bytes'] / 1e6 / part[f'{who}_s']:.2f}"
+
+    whole, first = found["parts"][0], found["processes"][0]
+    rows = [
+        (
+            part["text"],
+            f"{part['bytes'] / 1e6:.1f}",
+            speed(part, "sentencepiece"),
+            speed(part, "ours"),
+            f"{part['sentencepiece_s'] / part['ours_s']:.2f}",
+        )
+        for part in found["parts"]
+    ]
+    together = [
+        (
+            x["processes"],
+            f"{x['bytes_per_s'] / 1e6:.2f}",
+            f"{x['bytes_per_s'] / first['bytes_per_s'] / x['processes']:.0%}",
+            f"{x['bytes_per_cpu_s'] / 1e6:.2f}",
+        )
+        for x in found["processes"]
+    ]
+    return "\n\n".join(
+        (
+            cli.table(("text", "MB", "sentencepiece MB/s", "ours MB/s", "ratio"), rows),
+            f"{whole['bytes'] / found['tokens']:.2f} bytes per token, cache"
+            f" {found['cache_chunks']:,} chunks in {cli.show_bytes(found['cache_bytes'])},"
+            f" peak memory grew by {cli.show_bytes(found['peak_growth_bytes'])}",
+            cli.table(("processes", "MB/s together", "of linear", "MB per CPU second"), together),
         )
     )
-    _, size, theirs_s, ours_s = rows[0]
-    print(
-        f"\nratio {theirs_s / ours_s:.2f} (goal {GOAL:g}), {size / both['tokens']:.2f} bytes per"
-        f" token, cache {both['cache_chunks']:,} chunks in"
-        f" {cli.show_bytes(both['cache_bytes'])}, peak memory grew by"
-        f" {cli.show_bytes(both['peak_growth_bytes'])}\n"
-    )
-    together = scaling(model, texts, most)
-    first = together[0]
-    print(
-        cli.table(
-            ("processes", "MB/s together", "of linear", "MB per CPU second"),
-            [
-                (
-                    x["processes"],
-                    f"{x['bytes_per_s'] / 1e6:.2f}",
-                    f"{x['bytes_per_s'] / first['bytes_per_s'] / x['processes']:.0%}",
-                    f"{x['bytes_per_cpu_s'] / 1e6:.2f}",
-                )
-                for x in together
-            ],
-        )
-    )
-    keys = ("text", "bytes", "sentencepiece_s", "ours_s")
-    return {
-        "ratio": theirs_s / ours_s,
-        "parts": [dict(zip(keys, row, strict=True)) for row in rows],
-        "processes": together,
-        **{
-            key: both[key] for key in ("tokens", "cache_chunks", "cache_bytes", "peak_growth_bytes")
-        },
-    }
 
 
 def main(argv: list[str]) -> None:
@@ -251,12 +226,11 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tokenizer.model"
         model.write_bytes(train(lines, args.vocab_size, 0.9999, 4192))
-        result = measure(str(model), texts, args.processes)
+        found = measure(str(model), texts, args.processes)
+    print(show(found))
     if args.save:
-        target = Path(__file__).parent / "results" / machine() / "encode.json"
-        versions = {"python": platform.python_version(), "sentencepiece": sentencepiece.__version__}
-        files.write_json(target, {"distinct_bytes": there, "bytes": size, **versions, **result})
-        print(f"\nsaved in {os.path.relpath(target)}")
+        facts = {"distinct_bytes": there, "bytes": size, **harness.versions("sentencepiece")}
+        print("\nsaved in", os.path.relpath(harness.save("encode", facts | found)))
 
 
 if __name__ == "__main__":

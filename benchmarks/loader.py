@@ -1,14 +1,12 @@
-"""Speed of the data order and the loader: ``python -m benchmarks.loader``.
+"""Speed of the data order and the loader: `python -m benchmarks.loader`.
 
 In: random token shards written for the occasion. Out: tokens/s of one process, beside random
-windows from ``np.memmap`` in the same run (in alternation, medians), the share of a step spent
+windows from `np.memmap` in the same run, the share of a step spent
 waiting, and the start of an order over 1,000 sources and 10^12 tokens. Files are in the page cache.
 """
 
-from __future__ import annotations
-
+import itertools
 import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import harness
+from benchmarks.harness import Comparison
 from llama import cli
 from llama.data.loader import Loader
 from llama.data.order import Order, integer_weights
@@ -24,11 +24,12 @@ from llama.data.shards import Source, open_sources
 from llama.data.writer import ShardWriter, Vocabulary, write_manifest
 
 VOCABULARY = Vocabulary("0" * 64, 32_000, 1, 2)
+TURN_TOKENS = 2**22
 WEIGHTS = {"web": 0.67, "code": 0.2, "books": 0.1, "rare": 0.03}
 
 
 def write_sources(folder: Path, tokens: int, document_tokens: int = 1000) -> dict[str, Source]:
-    """Sources of random ids, each of ``tokens`` in four shards."""
+    """Sources of random ids, each of `tokens` in four shards."""
     rng = np.random.default_rng()
     for name in WEIGHTS:
         shards = []
@@ -70,30 +71,23 @@ def memmap_batches(sources: dict[str, Source], batch: int, seq_len: int) -> Call
     return one
 
 
-def tokens_per_s(one: Callable[[], None], tokens: int, seconds: float = 0.5) -> float:
-    began, done = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        one()
-        done += tokens
-    return done / (time.perf_counter() - began)
-
-
-def speed(sources: dict[str, Source], batch: int, seq_len: int, pairs: int = 7) -> list[float]:
-    """Medians of tokens/s: (loader, memmap, loader / memmap)."""
-    loader, step = Loader(sources, make_order(sources, batch, seq_len), pin=False), 0
+def speed(sources: dict[str, Source], batch: int, seq_len: int) -> Comparison:
+    """Of the loader beside the usual one; a turn is as many batches as make 4 million tokens."""
+    loader, step = (
+        Loader(sources, make_order(sources, batch, seq_len), pin=False),
+        itertools.count(),
+    )
+    one, n = memmap_batches(sources, batch, seq_len), TURN_TOKENS // (batch * seq_len)
 
     def ours() -> None:
-        nonlocal step
-        loader.batch(step, 0, batch)
-        step += 1
+        for _ in range(n):
+            loader.batch(next(step), 0, batch)
 
-    theirs = memmap_batches(sources, batch, seq_len)
-    results = [
-        (tokens_per_s(ours, batch * seq_len), tokens_per_s(theirs, batch * seq_len))
-        for _ in range(pairs)
-    ]
-    mine, other, ratio = zip(*((a, b, a / b) for a, b in results), strict=True)
-    return [statistics.median(values) for values in (mine, other, ratio)]
+    def theirs() -> None:
+        for _ in range(n):
+            one()
+
+    return Comparison.of(harness.pairs(ours, theirs, 15))
 
 
 def waiting(sources: dict[str, Source], batch: int, seq_len: int, step_s: float = 0.5) -> float:
@@ -132,9 +126,10 @@ def main(argv: list[str]) -> None:
         sources = write_sources(Path(folder), cli.count(args.tokens))
         rows = []
         for seq_len, batch in ((256, 512), (2048, 64), (8192, 16)):
-            mine, other, ratio = speed(sources, batch, seq_len)
-            rows.append((seq_len, batch, f"{mine / 1e6:.0f}", f"{other / 1e6:.0f}", f"{ratio:.2f}"))
-        print("million tokens/s in one process, medians of 7 pairs")
+            found = speed(sources, batch, seq_len)
+            rates = (f"{TURN_TOKENS / x.median / 1e6:.0f}" for x in (found.ours_s, found.theirs_s))
+            rows.append((seq_len, batch, *rates, found.ratio.show()))
+        print("million tokens/s in one process")
         print(cli.table(("T", "windows", "loader", "np.memmap", "ratio"), rows))
         step_s = 0.5
         waited = waiting(sources, 64, 2048, step_s)

@@ -20,7 +20,8 @@ WORTH_BLOCKS = range(256, 768)
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax(q kᵀ / sqrt(D)) v, with the same T in all three."""
-    return _CausalBlocks.apply(q, k, v)
+    # the kernel takes the features of a head as neighbours, whatever the strides say
+    return _CausalBlocks.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)))
 
 
 def _blocks(q: Tensor) -> list[tuple[slice, slice, Tensor | None]]:

@@ -18,13 +18,14 @@ import pytest
 import yaml
 from made_data import make_source, make_tokenizer
 
-from llama import config, files
+from llama import config, files, html
 from llama.cli import UserError
 from llama.data import ledger
 from llama.data.order import Order, from_json
-from llama.data.writer import Vocabulary
+from llama.data.writer import Vocabulary, place_tokenizer
+from llama.html import Markup, Picture, tag
 from llama.report import __main__ as command
-from llama.report import content, page, runs
+from llama.report import runs
 from tokenizer.tokenizer import Tokenizer
 
 matplotlib = pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
@@ -83,7 +84,7 @@ def test_series_are_the_rows_that_have_the_key(tmp_path: Path, rng: random.Rando
         expected = [(r["tokens"], r[key]) for r in rows if key in r and "tokens" in r]
         assert tokens == [t for t, _ in expected]
         np.testing.assert_array_equal(values, [v for _, v in expected])
-    assert "1 log lines without a finite loss" in page.state(run)
+    assert "1 log line without a finite loss" in command.state(run)
 
 
 def test_a_row_still_being_written_is_left_out_and_a_broken_one_is_named(
@@ -171,24 +172,27 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_pictures_depend_on_the_numbers_and_on_nothing_else(
-    tmp_path: Path, rng: random.Random
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = made_rows(rng)
     run = read_one(write_run(tmp_path / "run", rows))
-    lines = [content.Mixture("code", 0.7, 0.69, 700, 690, 0.1)]
-    first = plots.draw([run], [(run, lines)])
+    lines = [runs.Mixture("code", 0.7, 0.69, 700, 690, 0.1)]
+    monkeypatch.setattr(plots, "mixture", lambda _: (9, lines))
+    first = plots.draw([run])
     assert list(first) == ["loss", "sources", "optimizer", "speed", "mixture"]
-    assert all(data.startswith(PNG) for data in first.values())
+    assert all(picture.png.startswith(PNG) for picture in first.values())
+    assert "mean over 5 log lines" in first["loss"].caption
     before = dict(matplotlib.rcParams)
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "axes.grid": False}):
-        assert plots.draw([run], [(run, lines)]) == first
+        assert plots.draw([run]) == first
     assert dict(matplotlib.rcParams) == before
     changed = {"loss": "loss", "lr": "optimizer", "grad_norm": "optimizer", "val/code": "sources"}
     changed |= {"tokens_per_s": "speed", "data_wait_pct": "speed", "loss/mail": "sources"}
     for key, name in changed.items():
         other = [row | {key: row[key] * 1.5} if key in row else row for row in rows]
-        folder = write_run(tmp_path / key.replace("/", "-"), other)
-        assert getattr(plots, f"_{name}")([read_one(folder)]) != first[name], key
+        drawn = plots.draw([read_one(write_run(tmp_path / key.replace("/", "-"), other))])
+        assert drawn[name].png != first[name].png, key
+        assert drawn["mixture"] == first["mixture"]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 9])
@@ -204,7 +208,7 @@ def test_few_rows_and_missing_keys_draw_what_there_is(
     ]
     if n > 2:
         rows[1] |= {"loss": math.inf, "grad_norm": math.nan}
-    drawn = plots.draw([read_one(write_run(tmp_path / "run", rows))], [])
+    drawn = plots.draw([read_one(write_run(tmp_path / "run", rows))])
     keys = {key for row in rows for key in row}
     assert ("loss" in drawn) == bool(n)
     assert ("sources" in drawn) == any(key.startswith(("loss/", "val/")) for key in keys)
@@ -213,16 +217,21 @@ def test_few_rows_and_missing_keys_draw_what_there_is(
 
 @pytest.mark.slow
 def test_many_runs_and_awkward_names_are_drawn(
-    tmp_path: Path, rng: random.Random, recwarn: pytest.WarningsRecorder
+    tmp_path: Path,
+    rng: random.Random,
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = ["_hidden", "a$b$c", "x_{1}", "long-" * 12, *(f"run-{i}" for i in range(17))]
     sources = ("$x$", "_y", "<b>z</b>", *(f"s{i}" for i in range(12)))
-    found = [read_one(write_run(tmp_path / n, made_rows(rng, 12, sources))) for n in names]
-    lines = [content.Mixture(s, 0.1, 0.1, 1, 1, 0.1) for s in sources]
-    assert len(found) == command.MOST_RUNS == len(plots.COLOURS) * len(plots.DASHES)
-    assert len({tuple(map(str, plots._line(i).values())) for i in range(len(found))}) == len(found)
-    drawn = plots.draw(found, [(run, lines) for run in found[:3]])
-    assert len(drawn) == 5
+    paths = [str(write_run(tmp_path / n, made_rows(rng, 12, sources))) for n in names]
+    found = runs.read(paths)
+    lines = [runs.Mixture(s, 0.1, 0.1, 1, 1, 0.1) for s in sources]
+    assert len(found) == len({tuple(map(str, run.look.values())) for run in found}) == 21
+    with pytest.raises(UserError, match="22 runs are given, 21 can be told apart"):
+        runs.read([*paths, "more"])
+    monkeypatch.setattr(plots, "mixture", lambda _: (9, lines))
+    assert len(plots.draw(found)) == 5
     assert not [str(w.message) for w in recwarn]
 
 
@@ -283,22 +292,36 @@ def test_a_page_stands_alone_and_its_pictures_lie_beside_it(
     assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
 
 
-def test_what_a_run_holds_cannot_become_markup(tmp_path: Path, rng: random.Random) -> None:
+def test_what_a_run_holds_cannot_become_markup(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = '<script>alert("x")</script>&amp;\x00\x1b[31m'
     rows = made_rows(rng, 12, (bad,))
     folder = write_run(tmp_path / "run", rows, data__mixture={bad: 1.0}, data__path=bad)
     files.write_json(folder / "EXIT_REASON", {"exit": "failed", "why": bad, "step": 1})
-    run = read_one(folder)
-    sample = content.Sample(bad, bad, bad)
-    extract = content.Extract(1, 0, bad, 1, 0, bad, bad, bad)
-    contents = page.Contents(
-        [run], {}, plots.COLOURS, 1, {run.label: bad}, {run.label: [sample]}, {run.label: [extract]}
-    )
-    text = page.html(contents)
+    passage = ledger.Passage(0, bad, 0, 0, bad, 0, 9, 9)
+    monkeypatch.setattr(runs, "samples", lambda *_: [runs.Sample(bad, bad, bad)])
+    monkeypatch.setattr(runs, "extracts", lambda _: [(1, passage, bad)])
+    text = command.page([read_one(folder)], {"loss": Picture(bad, bad, PNG)}, 1)
     shown = Checked(text)
     assert "script" not in shown.tags
     assert shown.shown.count('<script>alert("x")</script>&amp;') >= 8
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", text)
+
+
+def test_a_table_shows_every_cell_and_numbers_at_the_right(rng: random.Random) -> None:
+    n = rng.randrange(10_000)
+    rows = [[n, "3 of 7", "−0.3 %", "<b>", tag("code", "x&y")], ["–", "–", 1, "9 lives", "1"]]
+    text = html.table(["a", "b", "c", "d", "e"], rows)
+    assert Checked(text).shown.split("\n") == [
+        "abcde", f"{n:,}3 of 7−0.3 %<b>x&y", "––19 lives1", ""
+    ]  # fmt: skip
+    assert (
+        re.findall(r"<td( class=\"n\")?>", text)
+        == [' class="n"'] * 3 + [""] * 2 + [' class="n"'] * 3 + [""] * 2
+    )
+    assert html.table(["a"], []).count("<th>") == 1
+    assert isinstance(text, Markup)
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
@@ -377,6 +400,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(150)
         ]
         make_source(place / "tokens" / name, [documents[:70], documents[70:]], vocabulary, 1000)
+    place_tokenizer(Path(pieces.path), place / "tokens")
     options = {
         "name": "real", "data.path": "tokens", "data.mixture": "{code: 0.7, mail: 0.3}",
         "model.dim": 32, "model.n_layers": 1, "model.n_heads": 2, "data.seq_len": 32,
@@ -406,7 +430,7 @@ def test_the_report_of_a_real_run(
     state = files.read_json(folder / "ckpt" / "step-00000010" / "state.json")
     order = Order(0, from_json(state["segments"]))
     drawn = np.concatenate([order.batch(step).sources for step in range(10)])
-    step, lines = content.mixture(run)
+    step, lines = runs.mixture(run)
     assert step == 10 and [m.source for m in lines] == ["code", "mail"]
     for m in lines:
         assert m.tokens == 32 * int((drawn == order.names.index(m.source)).sum())
@@ -416,23 +440,21 @@ def test_the_report_of_a_real_run(
         )
     # what the ledger says about the same rows
     capsys.readouterr()
-    extracts = content.extracts(run)
-    assert {e.step for e in extracts} == {1, 5, 10}
+    extracts = list(runs.extracts(run))
+    assert {step for step, _, _ in extracts} == {1, 5, 10}
     for number in (1, 5, 10):
         ledger.main(["runs/real", "--step", str(number)])
         listed = capsys.readouterr().out
-        for e in (e for e in extracts if e.step == number):
-            place = e.place.replace("–", "-").replace(",", "")
-            pattern = (
-                rf"{e.row} +{e.source} +{e.epoch} +{e.window} +{re.escape(place)} +{e.document}"
-            )
-            assert re.search(rf"^ *{pattern}$", listed, re.M), (pattern, listed)
-    assert any(e.text.strip() for e in extracts)
-    samples = content.samples(run, 4)
+        for p in (p for step, p, _ in extracts if step == number):
+            place = f"{p.first}-{p.end - 1} of {p.of}"
+            line = rf"{p.row} +{p.source} +{p.epoch + 1} +{p.window} +{place} +{p.document}"
+            assert re.search(rf"^ *{line}$", listed, re.M), (line, listed)
+    assert any(text.strip() for _, _, text in extracts)
+    samples = runs.samples(run, 4)
     assert [s.source for s in samples] == ["code", "mail", "code", "mail"]
     assert all(s.prompt for s in samples) and any(s.text for s in samples)
     for s in samples:
-        assert page._text(s.prompt) in (folder / "report.html").read_text() or s is samples[3]
+        assert html.text(s.prompt) in (folder / "report.html").read_text() or s is samples[3]
 
 
 @pytest.mark.slow
@@ -454,6 +476,7 @@ def test_what_has_gone_missing_is_said(
     text = shown()
     assert "tokens/mail/train holds no finished source" in text and "after code" in text
     shutil.rmtree("tokenizer")
+    Path("tokens", "tokenizer.model").unlink()
     assert re.search("No samples: .*tokenizer", shown())
     weights = next(Path("runs/real/ckpt/step-00000010").glob("*.distcp"))
     weights.write_bytes(weights.read_bytes()[:-1])

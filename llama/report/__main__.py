@@ -4,18 +4,28 @@ Run folders in; a self-contained HTML page and PNGs beside it out. Runs that are
 that lack validation, checkpoint or shards, give what there is.
 """
 
+import json
+import math
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from llama import cli, files
-from llama.cli import UserError
-from llama.report import content, runs
-from llama.report.page import Contents, html
+from llama import cli, files, html
+from llama.cli import UserError, show_count
+from llama.html import Markup, Picture, tag
+from llama.report import runs as reading
+from llama.report.runs import Run
 
-T = TypeVar("T")
-MOST_RUNS = 21  # colours times dashes
+# Log lines behind the loss in the summary, and characters of a passage.
+MEAN_ROWS, TEXT_CHARS = 10, 64
+NOTES = {
+    "training loss": f"Training loss: mean of the last {MEAN_ROWS} log lines.",
+    "tokens/s": "Tokens/s: median over the log lines, all processes together.",
+    "MFU": "MFU: of the last log line, counting the causal half of attention.",
+    "memory": "Memory: the most that rank 0 held.",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -32,32 +42,12 @@ def main(argv: list[str]) -> None:
     a = p.parse_args(argv)
     if a.samples < 0:
         raise UserError(f"--samples is {a.samples}, expected 0 or more")
-    if len(a.run) > MOST_RUNS:
-        raise UserError(f"{len(a.run)} runs are given, {MOST_RUNS} can be told apart in a picture")
-    page, prefix = _place(a.run, a.output)
-    found = runs.read(a.run)
-    contents = gather(found, a.samples)
-    for name, data in contents.pictures.items():
-        _write(page.with_name(f"{prefix}{name}.png"), data)
-    _write(page, html(contents).encode())
-    pictures = ", ".join(f"{prefix}{name}.png" for name in contents.pictures)
-    print(f"wrote {page}" + (f" and, beside it, {pictures}" if pictures else ""))
-
-
-def _place(given: list[str], output: str | None) -> tuple[Path, str]:
-    """(path of the page, what the names of its pictures begin with)."""
-    if output is None:
-        if len(given) > 1:
-            raise UserError(f"{len(given)} runs are given: name the page, as in -o compare.html")
-        return Path(given[0]) / "report.html", ""
-    page = Path(output)
-    if page.suffix not in (".html", ".htm") or page.is_dir():
+    if a.output is None and len(a.run) > 1:
+        raise UserError(f"{len(a.run)} runs are given: name the page, as in -o compare.html")
+    output = Path(a.output or Path(a.run[0], "report.html"))
+    if output.suffix not in (".html", ".htm") or output.is_dir():
         raise UserError(f"--output is {output}, expected a file name that ends in .html")
-    return page, f"{page.stem}-"
-
-
-def gather(found: list[runs.Run], n_samples: int) -> Contents:
-    """Everything the page shows; what cannot be read becomes a sentence."""
+    runs = reading.read(a.run)
     try:
         # imported here: --help and a wrong folder need no matplotlib
         from llama.report import plots
@@ -66,35 +56,167 @@ def gather(found: list[runs.Run], n_samples: int) -> Contents:
             f"matplotlib cannot be imported ({error}): the extra `report` brings it, "
             "`pip install -e '.[report]'`"
         ) from error
-    mixtures = {run.label: _or_sentence(content.mixture, run) for run in found}
-    known = [(run, m[1]) for run in found if not isinstance(m := mixtures[run.label], str)]
-    contents = Contents(
-        runs=found,
-        pictures=plots.draw(found, known),
-        colours=plots.COLOURS,
-        smoothed_rows=max(plots.smoothing(len(run.rows)) for run in found),
-        mixtures=mixtures,
-        extracts={run.label: _or_sentence(content.extracts, run) for run in found},
-    )
+    pictures = plots.draw(runs)
+    text = page(runs, pictures, a.samples)
+    prefix = f"{output.stem}-" if a.output else ""
+    beside = {output.with_name(f"{prefix}{name}.png"): p.png for name, p in pictures.items()}
+    for path, data in (*beside.items(), (output, text.encode())):
+        try:
+            files.write_atomic(path, data)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    names = ", ".join(path.name for path in beside)
+    print(f"wrote {output}" + (f" and, beside it, {names}" if names else ""))
+
+
+def page(runs: Sequence[Run], pictures: Mapping[str, Picture], n_samples: int) -> str:
+    """The whole page; where something cannot be read, a sentence says so."""
+    title = " · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
+    about = "A pretraining run, from " if len(runs) == 1 else "Pretraining runs, from "
+    folders = Markup(", ".join(tag("code", run.folder) for run in runs))
+    parts = [soft(about, folders), tag("h2", "Summary"), *summary(runs), *differences(runs)]
+    curves = [picture for name, picture in pictures.items() if name != "mixture"]
+    for picture in curves:
+        parts += [tag("h2", picture.title), html.figure(picture)]
+    if not curves:
+        parts += [tag("h2", "Curves"), tag("p", "No log line is written yet.")]
+    parts.append(tag("h2", "Mixture: target and realised"))
+    parts += [html.figure(pictures["mixture"])] if "mixture" in pictures else []
+    parts += each(runs, mixture)
     if n_samples:
-        for run in found:
-            print(f"drawing samples from {run.folder}", file=sys.stderr)
-            contents.samples[run.label] = _or_sentence(content.samples, run, n_samples)
-    return contents
+        note = "From the newest checkpoint; grey is the beginning of a held-out document, the rest "
+        parts += [tag("h2", "Samples"), soft(note, "what the model wrote after it.")]
+        parts += each(runs, lambda run: samples(run, n_samples), "No samples: ")
+    command = tag("code", "python -m llama.data.ledger RUN --step N")
+    note = "The first rows of the batch of the first, a middle and the last step; "
+    parts += [
+        tag("h2", "Ledger: what some steps read"),
+        soft(note, command, " lists any step whole."),
+    ]
+    return html.page(title, *parts, *each(runs, extracts))
 
 
-def _or_sentence(read: Callable[..., T], *of: Any) -> T | str:
-    try:
-        return read(*of)
-    except UserError as error:
-        return str(error)
+def soft(*content: object) -> Markup:
+    return tag("p", *content, class_="soft")
 
 
-def _write(path: Path, data: bytes) -> None:
-    try:
-        files.write_atomic(path, data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+def each(
+    runs: Sequence[Run], show: Callable[[Run], Iterable[Markup]], instead: str = ""
+) -> Iterator[Markup]:
+    """What every run has to show, or the sentence that says why it has nothing."""
+    for run in runs:
+        if len(runs) > 1:
+            yield tag("h3", run.label)
+        try:
+            yield from show(run)
+        except UserError as error:
+            yield tag("p", instead, error)
+
+
+# -- parts -----------------------------------------------------------------------------------------
+
+
+def summary(runs: Sequence[Run]) -> list[Markup]:
+    weights, _ = reading.validation_weights(runs)
+    lines = [_summary(run, weights) for run in runs]
+    # hardware and speed are not known everywhere
+    header = [name for name in lines[0] if any(line[name] != "–" for line in lines)]
+    notes = " ".join(NOTES[name] for name in header if name in NOTES)
+    return [html.table(header, [[line[name] for name in header] for line in lines]), soft(notes)]
+
+
+def _summary(run: Run, weights: Mapping[str, float]) -> dict[str, object]:
+    """A run's line in the summary, by column; – for what is not known."""
+    losses = [v for v in run.series("loss")[1][-MEAN_ROWS:] if math.isfinite(v)]
+    rates = [v for v in run.series("tokens_per_s")[1][1:] if math.isfinite(v)]
+    held_out = run.validation(weights)[1]
+    mfu, memory, env = run.last("mfu_causal"), run.last("memory_gib"), run.env
+    parameters, tokens, steps = run.parameters(), run.last("tokens"), run.steps()
+    dot = tag("b", "●", class_="dot", style=f"color:{run.look['color']}")
+    hardware = f"{env.get('processes', '?')} × {env.get('device', '?')}"
+    return {
+        "run": Markup(dot + html.text(run.label)),
+        "state": state(run),
+        "parameters": show_count(parameters) if parameters else "–",
+        "tokens": show_count(tokens) if tokens else "–",
+        "steps": f"{run.last('step') or 0:,} of {f'{steps:,}' if steps else '?'}",
+        "training loss": f"{statistics.mean(losses):.4f}" if losses else "–",
+        "validation loss": f"{held_out[-1]:.4f}" if held_out else "–",
+        "tokens/s": show_count(statistics.median(rates)) if rates else "–",
+        "MFU": f"{100 * mfu:.1f} %" if mfu else "–",
+        "memory": f"{memory:.1f} GiB" if memory else "–",
+        "hardware": f"{hardware}, torch {env.get('torch', '?')}" if env else "–",
+    }
+
+
+def state(run: Run) -> str:
+    """How a run stands, in words."""
+    verdict, why = run.verdict.get("exit"), run.verdict.get("why", "")
+    lost = sum(row.get("loss", 0) is None for row in run.rows)
+    words = {"done": "done", "requeue": f"stopped ({why})", "failed": f"failed: {why}"}
+    text = words.get(str(verdict), "running, or killed")
+    return f"{text}; {lost} log line{'s' * (lost > 1)} without a finite loss" if lost else text
+
+
+def differences(runs: Sequence[Run]) -> list[Markup]:
+    columns, rows = reading.config_differences(runs)
+    one = len(runs) == 1
+    heading = "Configuration, where it is not the default" if one else "Configuration differences"
+    if not rows:
+        return [tag("h2", heading), tag("p", "None.")]
+    lines = [(tag("code", key), *map(_setting, values)) for key, values in rows]
+    if len(columns) > max(len(rows), 4):
+        # many runs, few differences: a run per line
+        header, *lines = zip(("run", *columns), *lines, strict=True)
+        return [tag("h2", heading), html.table(header, lines)]
+    return [tag("h2", heading), html.table(("key", *columns), lines)]
+
+
+def _setting(value: Any) -> Any:
+    """A value as it is written in YAML."""
+    return value if type(value) in (str, int) else json.dumps(value, default=str)
+
+
+def mixture(run: Run) -> list[Markup]:
+    steps, lines = reading.mixture(run)
+    header = ["source", "target", "realised", "tokens", "off the target", "epochs"]
+    rows = [
+        (
+            m.source,
+            f"{100 * m.target:.3f} %",
+            f"{100 * m.realised:.3f} %",
+            m.tokens,
+            f"{m.tokens - m.target_tokens:+,.0f}".replace("-", "−"),
+            f"{m.epochs:.3f}",
+        )
+        for m in lines
+    ]
+    return [soft(f"In the first {steps:,} steps, by tokens."), html.table(header, rows)]
+
+
+def samples(run: Run, count: int) -> Iterator[Markup]:
+    print(f"drawing samples from {run.folder}", file=sys.stderr)
+    for sample in reading.samples(run, count):
+        yield soft(f"after {sample.source}")
+        yield tag("pre", tag("i", sample.prompt), sample.text)
+
+
+def extracts(run: Run) -> list[Markup]:
+    header = ["step", "row", "source", "epoch", "window", "its tokens", "document", "begins"]
+    rows = [
+        (
+            step,
+            p.row,
+            p.source,
+            p.epoch + 1,
+            p.window,
+            f"{p.first:,}–{p.end - 1:,} of {p.of:,}",
+            tag("code", reading.shorter(p.document, 44)),
+            tag("code", " ".join(text.split())[:TEXT_CHARS]),
+        )
+        for step, p, text in reading.extracts(run)
+    ]
+    return [html.table(header, rows) if rows else tag("p", "No step is trained yet.")]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ arithmetic is that of `llama.costs`; what it misses (the CUDA context, fragmenta
 taken as a constant, so that a change is offered only where it leaves room for that too.
 """
 
+import itertools
 import os
 import re
 import resource
@@ -29,6 +30,7 @@ from llama.runtime.world import World
 ALLOCATORS = re.compile(
     "can't allocate memory|CUDA out of memory|CUDA error: out of memory|ALLOC_FAILED|bad_alloc"
 )
+SIZES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 ROOM = 0.95  # share of the memory that a change may fill and still be called fitting
 MOST_PROCESSES = 4096
 
@@ -47,38 +49,31 @@ class Plan:
     element_bytes: int
     recompute: bool
     shard: int
-    gathers: bool
 
-    def states(self) -> int:
-        """Weights, gradients and both moments of AdamW in float32."""
-        return 16 * costs.parameters(self.model) // self.shard
-
-    def activations(self) -> int:
-        """What the backward pass waits for, and with recompute one block of it at a time."""
-        per_token = costs.activation_bytes_per_token(self.model, self.element_bytes)
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they hold."""
+        model, each, layers = self.model, self.element_bytes, self.model.n_layers
+        weights, head = costs.parameters(model), (model.vocab_size or 0) * model.dim
+        per_token = costs.activation_bytes_per_token(model, each)
         if self.recompute:
-            layers, inputs = self.model.n_layers, self.element_bytes * self.model.dim
-            per_token = layers * inputs + per_token // layers
-        return self.micro_batch * self.tokens * per_token
-
-    def working(self) -> int:
-        """The loss's gradient of the head; with FSDP, the root and two blocks gathered."""
-        assert self.model.vocab_size
-        head = self.model.vocab_size * self.model.dim
-        block = (costs.parameters(self.model) - 2 * head) // self.model.n_layers
-        gathered = self.element_bytes * (2 * head + 2 * block) if self.gathers else 0
-        return 4 * head + gathered
+            # the inputs of all blocks, and what one of them keeps at a time
+            per_token = layers * each * model.dim + per_token // layers
+        # FSDP gathers or casts the root, which holds embedding and head, and two blocks
+        copies = self.shard > 1 or each < 4
+        gathered = each * (2 * head + 2 * ((weights - 2 * head) // layers)) if copies else 0
+        return {
+            # float32, with both moments of AdamW
+            "weights, gradients and moments": 16 * weights // self.shard,
+            "activations": self.micro_batch * self.tokens * per_token,
+            # the loss's gradient of the head
+            "loss and gathered weights" if copies else "loss": 4 * head + gathered,
+        }
 
     def total(self) -> int:
-        return self.states() + self.activations() + self.working()
+        return sum(self.parts().values())
 
     def __str__(self) -> str:
-        parts = {
-            "weights, gradients and moments": self.states(),
-            "activations": self.activations(),
-            "loss and gathered weights" if self.gathers else "loss": self.working(),
-        }
-        return ", ".join(f"{name} {show_bytes(n)}" for name, n in parts.items() if n)
+        return ", ".join(f"{name} {show_bytes(n)}" for name, n in self.parts().items() if n)
 
 
 @contextmanager
@@ -87,22 +82,19 @@ def explained(phase: str, cfg: Config, here: World, state: State | None = None) 
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not ALLOCATORS.search(str(error)):
             raise
         raise OutOfMemory(sentence(error, phase, cfg, here, state)) from error
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a failed allocation, on any device."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or bool(ALLOCATORS.search(str(error)))
 
 
 def sentence(
     error: BaseException, phase: str, cfg: Config, here: World, state: State | None
 ) -> str:
     """Where memory ran out, the plan, the peak, and the changes that would fit."""
-    asked, peak, there = requested(str(error)), peak_bytes(here.device), available(here.device)
+    peak, there = peak_bytes(here.device), available(here.device)
+    match = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB)", str(error))
+    asked = int(float(match[1]) * SIZES[match[2]]) if match else 0
     used = f"peak {show_bytes(peak)}"
     used += f" and {show_bytes(asked)} more asked for" if asked else ""
     text = f"out of memory in {where(error, phase, state)} on rank {here.rank} ({here.device}): "
@@ -110,13 +102,13 @@ def sentence(
         return f"{text}{used}, of {show_bytes(there)}"
     plan = plan_of(cfg, here, state)
     need = max(plan.total(), peak + asked, there)
+    found = changes(plan, need, there, here.device.type == "cuda")
+    offers = " or ".join(f"{option} ({show_bytes(n)})" for option, n in found)
+    nothing = "no smaller micro-batch, recompute or sharding would fit: take a smaller model.dim"
     return (
         f"{text}planned {show_bytes(plan.total())} ({plan}), {used}, of {show_bytes(there)}"
-        f"{_waste(here.device)}; {advice(plan, need, there, here.device.type)}"
+        f"{_waste(here.device)}; {offers + ' would fit' if offers else nothing}"
     )
-
-
-# -- where -----------------------------------------------------------------------------------------
 
 
 def where(error: BaseException, phase: str, state: State | None) -> str:
@@ -133,75 +125,46 @@ def where(error: BaseException, phase: str, state: State | None) -> str:
         elif file.parent.name == "optim" or file.name == "optim.py":
             part = "optimizer"
     if part == "backward pass" and not layer and state:
-        layer = _unfinished(state.model)
+        # it has come to the last block with a weight that has no gradient; none is left to see
+        # where gradients are there of an earlier micro-batch
+        waiting = [name for name, p in state.model.named_parameters() if p.grad is None]
+        layer = re.sub(r"^(layers\.\d+|\w+).*", r"\1", waiting[-1]) if waiting else ""
     return f"{phase}{', ' + part if part else ''}{' of ' + layer if layer else ''}"
-
-
-def _unfinished(model: nn.Module) -> str:
-    """The block the backward pass has come to: the last one with a weight that has no gradient.
-
-    Nothing where gradients are left of an earlier micro-batch.
-    """
-    for name, parameter in reversed(list(model.named_parameters())):
-        if parameter.grad is None:
-            return ".".join(name.split(".")[: 2 if name.startswith("layers.") else 1])
-    return ""
-
-
-# -- how much --------------------------------------------------------------------------------------
 
 
 def plan_of(cfg: Config, here: World, state: State | None) -> Plan:
     """The plan of a run; while it is built there are no activations yet."""
-    names = {"float32": 4, "bfloat16": 2}
-    element_bytes = names.get(cfg.train.dtype, 2 if here.device.type == "cuda" else 4)
+    auto = 2 if here.device.type == "cuda" else 4
     return Plan(
         model=cfg.model,
         tokens=cfg.data.seq_len,
         micro_batch=state.micro_batch if state else 0,
-        element_bytes=element_bytes,
+        element_bytes={"float32": 4, "bfloat16": 2}.get(cfg.train.dtype, auto),
         recompute=cfg.parallel.recompute == "full",
         shard=fsdp.layout(cfg.parallel, here.size)[1],
-        gathers=here.size > 1 or element_bytes < 4,
     )
-
-
-def requested(message: str) -> int:
-    """Bytes of the allocation that failed, as the allocator puts it; 0 where it does not."""
-    match = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB)", message)
-    sizes = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-    return int(float(match[1]) * sizes[match[2]]) if match else 0
 
 
 def peak_bytes(device: torch.device) -> int:
     """Most bytes this process has held: the allocator's on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux counts kibibytes, macOS bytes
-    return peak if sys.platform == "darwin" else 1024 * peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available(device: torch.device) -> int:
     """Bytes that this process could hold: what others leave of a GPU, the least limit of a CPU."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    limits = [resource.getrlimit(resource.RLIMIT_AS)[0]]
-    limits += [int(text) for text in _cgroup_limits() if text.isdigit()]
-    limits += [_physical()]
-    return min(limit for limit in limits if limit > 0)
-
-
-def _cgroup_limits() -> Iterator[str]:
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = Path("/sys/fs/cgroup") / name
-        if path.is_file():
-            yield path.read_text().strip()
-
-
-def _physical() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        path = Path("/sys/fs/cgroup", name)
+        text = path.read_text().strip() if path.is_file() else ""
+        limits.append(int(text) if text.isdigit() else -1)
+    return min(limit for limit in limits if limit > 0)
 
 
 def _waste(device: torch.device) -> str:
@@ -215,55 +178,26 @@ def _waste(device: torch.device) -> str:
     return f", {show_bytes(unused)} of them in unused pieces ({setting} joins them)"
 
 
-# -- what would fit --------------------------------------------------------------------------------
+def changes(plan: Plan, need: int, there: int, on_gpu: bool) -> list[tuple[str, int]]:
+    """(options, bytes needed then) of changes that bring a process from `need` below what is there.
 
-
-def advice(plan: Plan, need: int, there: int, device_type: str) -> str:
-    """Options that bring a process from `need` bytes below what is there, by the same plan."""
-    found = changes(plan, need, there, device_type)
-    if not found:
-        return "no smaller micro-batch, recompute or sharding would fit: take a smaller model.dim"
-    return " or ".join(f"{option} ({show_bytes(n)})" for option, n in found) + " would fit"
-
-
-def changes(plan: Plan, need: int, there: int, device_type: str) -> list[tuple[str, int]]:
-    """(options, bytes needed then): each change by itself where it suffices, else together."""
-    missed = need - plan.total()
-
-    def fits(change: Plan) -> bool:
-        return change.total() + missed <= ROOM * there
-
-    halved, recomputed = _halvings(plan), replace(plan, recompute=True)
-    tries = [halved, [] if plan.recompute else [recomputed]]
+    Each by itself where it suffices, else together; never a larger change than it takes.
+    """
+    micros = [plan.micro_batch >> n for n in range(plan.micro_batch.bit_length())] or [0]
     # processes on one machine share its memory, however it is cut
-    sharded = _sharded(plan) if device_type == "cuda" else []
-    found = [next(filter(fits, each), None) for each in (*tries, sharded)]
-    if not any(found):
-        together = [*_halvings(recomputed)] if not plan.recompute else []
-        smallest = replace(recomputed, micro_batch=min(plan.micro_batch, 1))
-        together += _sharded(smallest) if sharded else []
-        found = [next(filter(fits, together), None)]
-    return [(_options(plan, change), change.total() + missed) for change in found if change]
-
-
-def _halvings(plan: Plan) -> list[Plan]:
-    """The plan with ever smaller micro-batches."""
-    sizes = [plan.micro_batch >> n for n in range(1, plan.micro_batch.bit_length())]
-    return [replace(plan, micro_batch=size) for size in sizes]
-
-
-def _sharded(plan: Plan) -> list[Plan]:
-    """The plan over ever more processes."""
-    sizes = (plan.shard << n for n in range(1, MOST_PROCESSES.bit_length()))
-    return [replace(plan, shard=n, gathers=True) for n in sizes if n <= MOST_PROCESSES]
-
-
-def _options(plan: Plan, change: Plan) -> str:
-    words = []
-    if change.micro_batch != plan.micro_batch:
-        words.append(f"--train.micro_batch {change.micro_batch}")
-    if change.recompute != plan.recompute:
-        words.append("--parallel.recompute full")
-    if change.shard != plan.shard:
-        words.append(f"{change.shard} processes with --parallel.shard {change.shard}")
-    return " with ".join(words)
+    doublings = range(MOST_PROCESSES.bit_length()) if on_gpu else range(1)
+    shards = [n for i in doublings if (n := plan.shard << i) <= MOST_PROCESSES] or [plan.shard]
+    fitting: dict[tuple[str, ...], tuple[str, int]] = {}
+    for shard, recompute, micro in itertools.product(shards, (plan.recompute, True), micros):
+        change = replace(plan, shard=shard, recompute=recompute, micro_batch=micro)
+        options = {
+            "micro_batch": f"--train.micro_batch {micro}",
+            "recompute": "--parallel.recompute full",
+            "shard": f"{shard} processes with --parallel.shard {shard}",
+        }
+        changed = tuple(key for key in options if getattr(plan, key) != getattr(change, key))
+        size = need - plan.total() + change.total()
+        if size <= ROOM * there and changed not in fitting:
+            fitting[changed] = " with ".join(options[key] for key in changed), size
+    alone = [found for changed, found in fitting.items() if len(changed) == 1]
+    return alone or list(fitting.values())[:1]
