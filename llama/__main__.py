@@ -16,6 +16,16 @@ COMMANDS = [
         "--config configs/corpus/plain.yaml --input texts --output data/mine/documents/mine",
     ),
     (
+        "python -m llama.corpus dedup",
+        "documents that occur more than once, once",
+        "--step exact --input data/mine/documents/mine --output data/once",
+    ),
+    (
+        "python -m llama.corpus all",
+        "every source of raw dumps, then across them",
+        "--input raw --output data/clean",
+    ),
+    (
         "python -m tokenizer.train",
         "documents to a SentencePiece tokenizer",
         "--config configs/tokenizer.yaml --input data/mine/documents --output data/mine/tokenizer",
@@ -59,6 +69,16 @@ COMMANDS = [
         "python -m llama.generate",
         "text from a checkpoint",
         'runs/quickstart --prompt "def main("',
+    ),
+    (
+        "python -m kernels.check",
+        "compile every GPU kernel, without a GPU",
+        "",
+    ),
+    (
+        "python -m kernels.tune",
+        "measure tiles of the attention on this GPU",
+        "",
     ),
 ]
 

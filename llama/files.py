@@ -8,6 +8,7 @@ part of a truncated file without a word; the readers here fail and name the file
 import gzip
 import hashlib
 import os
+import platform
 import re
 import shutil
 import uuid
@@ -63,7 +64,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a part file that becomes `path` when the block ends, and vanishes if it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    # machines that share a disk may have processes of one number
+    part = path.with_name(f"{path.name}.part-{platform.node()}-{os.getpid()}")
     try:
         with open(part, mode) as file:
             yield file
@@ -250,9 +252,17 @@ class LineWriter:
 
 
 def document_files(folder: str | Path) -> list[Path]:
-    """Files of documents anywhere below a folder, by name; journals and quarantines are none."""
+    """Files of documents anywhere below a folder, by name.
+
+    Journals and quarantines are none, nor is anything in a folder whose name begins with a dot.
+    """
     found = {path for suffix in DOCUMENT_SUFFIXES for path in Path(folder).rglob(f"*{suffix}")}
-    return sorted(path for path in found if path.name not in NO_DOCUMENTS)
+    return sorted(
+        path
+        for path in found
+        if path.name not in NO_DOCUMENTS
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def read_documents(path: str | Path) -> Iterator[dict[str, Any]]:

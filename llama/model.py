@@ -11,6 +11,7 @@ V vocabulary, S tokens including those in a cache.
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """The norm of x; with a residual the norm of x + residual, and that sum."""
+        if residual is None:
+            return ops.rms_norm(x, self.weight, self.eps)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class KVCache:
@@ -48,7 +52,10 @@ class KVCache:
         """Append (B, T, K, D) keys and values; all S of them so far."""
         B, T, K, D = k.shape
         if self.length == 0:
-            self.k, self.v = (k.new_empty(B, self.capacity, K, D) for _ in range(2))
+            # head by head in memory, as attention reads them
+            self.k, self.v = (
+                k.new_empty(B, K, self.capacity, D).transpose(1, 2) for _ in range(2)
+            )
         end = self.length + T
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         self.k[:, self.length : end] = k
@@ -103,8 +110,9 @@ class TransformerBlock(nn.Module):
         docs: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), freqs_cis, docs, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        h = self.attention(self.attention_norm(x), freqs_cis, docs, cache)
+        h, x = self.ffn_norm(h, x)
+        return x + self.feed_forward(h)
 
 
 class Head(nn.Module):

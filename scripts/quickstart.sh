@@ -48,6 +48,7 @@ what lies where
   runs/quickstart/ckpt/         checkpoints
 
 next
+  source .venv/bin/activate
   python -m llama.generate runs/quickstart --prompt 'class '
   python -m llama.data.ledger runs/quickstart --step 10
   python -m llama.convert runs/quickstart exports/quickstart --to hf

@@ -1,7 +1,6 @@
 """The engine: same bytes however a run went, and a bad record, crash or hang costs that record."""
 
 import ctypes
-import fcntl
 import os
 import resource
 import signal
@@ -17,6 +16,7 @@ import pytest
 from llama.cli import UserError
 from llama.corpus import engine
 from llama.corpus.document import Document, Noted
+from llama.corpus.journal import only_one
 from llama.corpus.plan import Piece, Plan, Unit
 from llama.corpus.sources import plain
 from llama.files import read_documents, read_json, read_lines, sha256
@@ -80,7 +80,10 @@ def plan_of(*names: str, per_unit: int = 2, read=counting, **options) -> Plan:
 
 def made(folder: Path) -> dict[str, bytes]:
     """Everything a run has written that must not depend on how it went."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "journal.jsonl"}
+    found = (
+        p for p in folder.rglob("*") if p.is_file() and p.name not in ("journal.jsonl", ".lock")
+    )
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
 
 
 def ids_in(folder: Path) -> list[str]:
@@ -114,6 +117,8 @@ def test_counts_of_what_went_in_came_out_and_was_dropped(tmp_path):
         "dropped": {"even": 60},
         "dropped_bytes": {"even": 3 * sum(map(len, texts[::2]))},
         "noted": {"seen": 120},
+        "steps": {"1 odd_only": 60},
+        "step_bytes": {"1 odd_only": 3 * 2 * sum(map(len, texts[1::2]))},
     }
     assert stats["total"] == expected and stats["formats"] == {"test": expected}
     assert summary.total == expected
@@ -124,6 +129,25 @@ def test_counts_of_what_went_in_came_out_and_was_dropped(tmp_path):
     assert ids_in(tmp_path) == [id for id in all_ids("a", "b", "c") if int(id[2:]) % 2]
     assert "dropped: even 60" in summary.table() and "noted: seen 120" in summary.table()
     assert not (tmp_path / "quarantine.jsonl.zst").exists()
+
+
+def test_every_document_that_ends_is_listed_with_its_step_and_some_with_their_text(tmp_path):
+    steps = [odd_only, partial(misbehave, how="raise", ids=["a:3"])]
+    engine.run(plan_of("a", "broken"), steps, tmp_path, 1, max_quarantined=1)
+    lines = [orjson.loads(line) for line in read_lines(tmp_path / "dropped/00000.zst")]
+    found = {line.pop("id"): line for line in lines}
+    assert sorted(found) == sorted(
+        [f"a:{i}" for i in range(0, 40, 2)]
+        + ["a:3", "broken"]
+        + [f"broken:{i}" for i in range(0, 25, 2)]
+    )
+    even = {"reason": "even", "bytes": 7, "step": "1 odd_only"}
+    assert found["a:0"] == {**even, "sample": "text 0 "}
+    assert found["broken:24"] == {**even, "bytes": 8}
+    assert found["a:3"]["step"] == "2 misbehave" and "no idea what a:3" in found["a:3"]["error"]
+    assert found["broken"]["step"] == "" and found["broken"]["reason"] == "damaged"
+    total = read_json(tmp_path / "stats.json")["total"]
+    assert list(total["steps"].items()) == [("1 odd_only", 32), ("2 misbehave", 31)]
 
 
 # -- one bad record costs one record ---------------------------------------------------------------
@@ -258,8 +282,9 @@ def test_a_journal_cut_anywhere_is_gone_on_from(tmp_path, rng):
         (folder / "journal.jsonl").write_bytes(journal[:cut])
         finished = journal[:cut].count(b"\n") - 1
         for i in range(finished):
-            name = f"{i:05}.jsonl.zst"
-            (folder / name).write_bytes(expected[name])
+            for name in (f"{i:05}.jsonl.zst", f"dropped/{i:05}.zst"):
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(expected[name])
         engine.run(plan, [], folder, 2)
         assert made(folder) == expected
         assert len((folder / "journal.jsonl").read_bytes().splitlines()) == 4
@@ -283,8 +308,7 @@ def test_folders_that_are_not_ours_to_write_are_refused(tmp_path):
         engine.run(plan_of("a"), [], tmp_path / "foreign", 1)
     assert (tmp_path / "foreign/documents.jsonl.zst").read_bytes() == b"precious"
     engine.run(plan_of("a"), [], tmp_path / "mine", 1)
-    with open(tmp_path / "mine/journal.jsonl", "rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
+    with only_one(tmp_path / "mine"):
         with pytest.raises(UserError, match="another run is writing"):
             engine.run(plan_of("a"), [], tmp_path / "mine", 1)
     lines = (tmp_path / "mine/journal.jsonl").read_bytes().splitlines()

@@ -132,6 +132,6 @@ def test_differences_name_every_change():
         "options.text_key: text -> body",
         "inputs added: 1 (d)",
         "inputs gone: 1 (a)",
-        "inputs of another size: 1 (b 2 -> 5 bytes)",
+        "inputs changed: 1 (b 2 -> 5)",
     ]
     assert plan.differences(old, old) == []

@@ -8,8 +8,10 @@ they happen on.
 """
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+SAMPLE_CHARS = 1000
 
 
 class Dropped(NamedTuple):
@@ -32,6 +34,8 @@ class Document(NamedTuple):
     @property
     def n_bytes(self) -> int:
         """Bytes of the text in UTF-8."""
+        if self.text.isascii():
+            return len(self.text)
         return len(self.text.encode("utf-8", "surrogatepass"))
 
     def dropped(self, reason: str, error: str = "") -> Dropped:
@@ -40,41 +44,70 @@ class Document(NamedTuple):
 
 
 class Noted(NamedTuple):
-    """Something that happened and is counted under its name, such as a guessed encoding."""
+    """Something that happened and is counted under its name, such as lines that were removed."""
 
     name: str
+    times: int = 1
 
 
 Item = Document | Dropped | Noted
 Step = Callable[[Iterator[Document]], Iterator[Item]]
 
 
+class Passed(NamedTuple):
+    """How much of a batch a step has passed on."""
+
+    step: str
+    documents: int
+    n_bytes: int
+
+
+class Ended(NamedTuple):
+    """A document that a step has dropped, and the beginning of the text that was read."""
+
+    dropped: Dropped
+    step: str
+    sample: str
+
+
 def apply(steps: Sequence[Step], documents: Sequence[Document]) -> list[Item]:
     """Documents through every step; one that makes a step raise is dropped alone."""
+    items = (item.dropped if isinstance(item, Ended) else item for item in trace(steps, documents))
+    return [item for item in items if not isinstance(item, Passed)]
+
+
+def trace(
+    steps: Sequence[Step], documents: Sequence[Document]
+) -> list[Document | Noted | Ended | Passed]:
+    """`apply`, with what is known of each step; they are numbered from 1."""
+    name, given = "", documents
+    aside: list[Noted | Ended | Passed] = []
+    samples = {document.id: document.text[:SAMPLE_CHARS] for document in documents}
     try:
-        return list(_chain(steps, documents))
+        for number, step in enumerate(steps, 1):
+            name, passed = f"{number} {step_name(step)}", []
+            for item in step(iter(given)):
+                if isinstance(item, Document):
+                    passed.append(item)
+                elif isinstance(item, Dropped):
+                    aside.append(Ended(item, name, samples.get(item.id, "")))
+                else:
+                    aside.append(item)
+            given = passed
+            aside.append(Passed(name, len(passed), sum(d.n_bytes for d in passed)))
     except Exception as error:
         if len(documents) == 1:
-            return [documents[0].dropped("exception", describe(error))]
-        return [item for document in documents for item in apply(steps, [document])]
+            dropped = documents[0].dropped("exception", describe(error))
+            before = [item for item in aside if isinstance(item, Passed)]
+            return [*before, Ended(dropped, name, samples[dropped.id])]
+        return [item for document in documents for item in trace(steps, [document])]
+    return [*given, *aside]
 
 
-def _chain(steps: Sequence[Step], documents: Iterable[Document]) -> Iterator[Item]:
-    """Steps in turn; what one drops or notes goes around those that follow."""
-    aside: list[Item] = []
-
-    def only_documents(items: Iterable[Item]) -> Iterator[Document]:
-        for item in items:
-            if isinstance(item, Document):
-                yield item
-            else:
-                aside.append(item)
-
-    items: Iterable[Item] = documents
-    for step in steps:
-        items = step(only_documents(items))
-    yield from items
-    yield from aside
+def step_name(step: Any) -> str:
+    """What a step is called in counts: the name of its function or class."""
+    step = getattr(step, "func", step)
+    return str(getattr(step, "__name__", type(step).__name__))
 
 
 def describe(error: BaseException) -> str:

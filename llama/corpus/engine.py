@@ -1,15 +1,12 @@
 """Run a recipe: a plan and steps in, document shards with their counts out (paper §2.1).
 
-Output folder: 00000.jsonl.zst ... (documents), stats.json (what went in, came out and was dropped,
-and why), quarantine.jsonl.zst (every record that could not be used, with file, line and error) and
-journal.jsonl (what is done). The bytes depend on input and options alone: not on the number of
-workers, nor on how often the run was killed and started again. Only `_execute` knows that the
-workers are processes of this machine.
+Output folder: 00000.jsonl.zst ... (documents), dropped/00000.zst ... (what ended, where and why),
+stats.json (what went in, came out and was dropped, by step and reason), quarantine.jsonl.zst (every
+record that could not be used, with file, line and error) and journal.jsonl (what is done). The
+bytes depend on input and options alone.
 """
 
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,13 @@ import orjson
 
 from llama import cli, files
 from llama.cli import UserError
-from llama.corpus import pool, unit
+from llama.corpus import runner, unit
 from llama.corpus.document import Step
-from llama.corpus.journal import Journal
+from llama.corpus.executors import Executor
+from llama.corpus.journal import Record
 from llama.corpus.plan import LeftOut, Plan
-from llama.corpus.unit import Counts, Finished, Job, Work
+from llama.corpus.runner import Stage
+from llama.corpus.unit import Counts, Job, Work
 
 STATS, QUARANTINE = "stats.json", "quarantine.jsonl.zst"
 # After this many documents a run that must pass its limit is stopped before its end.
@@ -44,7 +43,7 @@ class Summary:
 
     output: Path
     plan: str
-    units: list[Finished]
+    units: Sequence[Record]
     left_out: Sequence[LeftOut]
 
     @property
@@ -52,7 +51,7 @@ class Summary:
         """Counts by input format."""
         total = unit.no_counts()
         for done in self.units:
-            unit.add(total, done.counts)
+            unit.add(total, done["counts"])
         return total
 
     @property
@@ -111,109 +110,72 @@ def run(
     plan: Plan,
     steps: Sequence[Step],
     output: str | Path,
-    workers: int,
+    workers: int | Executor,
     max_quarantined: float = 0.01,
     deadline_s: float = DEADLINE_S,
 ) -> Summary:
-    """Do every unit of the plan that is not done yet, over `workers` processes.
+    """Do every unit of the plan that is not done yet, `workers` at a time.
 
     Raises `UserError` naming the units when more than the share `max_quarantined` of the documents
     had to be quarantined, or when a unit could not be done; finished units are kept for a next run.
     """
-    if workers < 1:
-        raise UserError(f"workers is {workers}, expected 1 or more")
-    try:
-        return _run(plan, steps, Path(output), workers, max_quarantined, deadline_s)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error}") from error
+    executor = Executor(workers) if isinstance(workers, int) else workers
+    executor.check()
+    prepared = stage(plan, steps, output, max_quarantined, deadline_s)
+    [records] = runner.run([prepared], executor)
+    return conclude(plan, prepared, records, max_quarantined)
 
 
-def _run(
+def stage(
     plan: Plan,
     steps: Sequence[Step],
-    output: Path,
-    workers: int,
-    max_quarantined: float,
-    deadline_s: float,
+    output: str | Path,
+    max_quarantined: float = 0.01,
+    deadline_s: float = DEADLINE_S,
+) -> Stage:
+    """A recipe as a stage of the runner."""
+    work = Work(plan.read, tuple(steps), Path(output), deadline_s)
+    jobs = [Job(u) for u in plan.units]
+    limit = _Limit(max_quarantined, {job.name: job.cost for job in jobs})
+    return Stage(f"corpus {plan.recipe}", Path(output), plan.header(), jobs, work, limit)
+
+
+def conclude(
+    plan: Plan, stage: Stage, records: Sequence[Record], max_quarantined: float = 0.01
 ) -> Summary:
-    with Journal(output, plan) as journal:
-        work = Work(plan.read, tuple(steps), output, deadline_s)
-        jobs = deque(Job(u) for u in plan.units if u.output not in journal.finished)
-        failed = _do(_execute(work, jobs, workers), jobs, plan, journal, max_quarantined)
-        order = {u.output: i for i, u in enumerate(plan.units)}
-        done = sorted(journal.finished.values(), key=lambda unit: order[unit.output])
-        summary = Summary(output, journal.header["plan"], done, plan.left_out)
+    """Check the records of a stage that has run, and write the lists and counts beside them."""
+    summary = Summary(stage.folder, stage.header["plan"], records, plan.left_out)
+    try:
         _write_quarantine(summary)
-        if failed:
-            named = "; ".join(f"{name}: {error}" for name, error in sorted(failed.items()))
-            missing = len(plan.units) - len(done)
-            raise UserError(
-                f"{output}: {missing} of {len(plan.units)} units are not done ({named}); "
-                "the same command goes on with them"
-            )
         _check_quarantine(summary, max_quarantined)
-        assert len(done) == len(plan.units), "a unit was neither done nor refused"
+        assert len(records) == len(plan.units), "a unit was neither done nor refused"
         _write_stats(summary, plan)
+    except OSError as error:
+        raise UserError(f"{stage.folder} cannot be written: {error}") from error
     return summary
 
 
-# What came of each job; the same function over Slurm or Ray would do the same.
-_execute: Callable[
-    [Work, deque[Job], int], Iterator[tuple[Job, Finished | pool.Failed | pool.Died]]
-] = pool.answers
+class _Limit:
+    """Says to stop once the quarantine will pass its limit even if all that is left is good."""
+
+    def __init__(self, max_quarantined: float, cost: Mapping[str, int]) -> None:
+        self.max_quarantined, self.cost, self.left = max_quarantined, cost, sum(cost.values())
+        self.documents = self.quarantined = 0
+
+    def __call__(self, record: Record) -> bool:
+        self.left -= self.cost[record["unit"]]
+        self.documents += _sum(record, "documents", "in")
+        self.quarantined += _sum(record, "quarantined")
+        total = sum(self.cost.values())
+        certain = (
+            self.quarantined * (total - self.left) > self.max_quarantined * self.documents * total
+        )
+        return certain and self.documents > ENOUGH_DOCUMENTS
 
 
-def _do(
-    answers: Iterator[tuple[Job, Finished | pool.Failed | pool.Died]],
-    jobs: deque[Job],
-    plan: Plan,
-    journal: Journal,
-    max_quarantined: float,
-) -> dict[str, str]:
-    """Write finished units into the journal, try crashed ones again; errors by unit that failed."""
-    failed: dict[str, str] = {}
-    size = {u.output: sum(piece.size for piece in u.pieces) for u in plan.units}
-    total = sum(size.values())
-    documents = quarantined = 0
-    with cli.Progress(f"corpus {plan.recipe}", total, "bytes") as progress:
-        for name, done in journal.finished.items():
-            progress.update(size[name])
-            documents += _sum(done, "documents", "in")
-            quarantined += _sum(done, "quarantined")
-        for job, answer in answers:
-            name = job.unit.output
-            if isinstance(answer, Finished):
-                journal.write(answer)
-                progress.update(size[name], name)
-                documents += _sum(answer, "documents", "in")
-                quarantined += _sum(answer, "quarantined")
-                # even if all that is left is good, the limit will be passed
-                certain = quarantined * progress.done > max_quarantined * documents * total
-                if certain and documents > ENOUGH_DOCUMENTS:
-                    jobs.clear()
-            elif isinstance(answer, pool.Died) and (again := _again(job, answer)):
-                how = unit.death(answer.code)
-                print(f"unit {name}: a worker {how}, doing it again with care", file=sys.stderr)
-                jobs.appendleft(again)
-            else:
-                told = answer.error if isinstance(answer, pool.Failed) else unit.death(answer.code)
-                failed[name] = told
-                jobs.clear()
-    return failed
-
-
-def _sum(done: Finished, group: str, name: str | None = None) -> int:
-    found = (groups.get(group, {}) for groups in done.counts.values())
+def _sum(record: Record, group: str, name: str | None = None) -> int:
+    found = (groups.get(group, {}) for groups in record["counts"].values())
     return sum(c.get(name, 0) if name else sum(c.values()) for c in found)
-
-
-def _again(job: Job, died: pool.Died) -> Job | None:
-    """A crashed job once more: with care, then without the piece whose reader crashes."""
-    if not job.careful:
-        return job._replace(careful=True)
-    if died.place is None or died.place in dict(job.lost):
-        return None
-    return job._replace(lost=(*job.lost, (died.place, unit.death(died.code))))
 
 
 def _check_quarantine(summary: Summary, max_quarantined: float) -> None:
@@ -221,12 +183,12 @@ def _check_quarantine(summary: Summary, max_quarantined: float) -> None:
     if summary.quarantined <= max_quarantined * documents:
         return
     worst = sorted(summary.units, key=lambda done: -_sum(done, "quarantined"))
-    named = [done for done in worst if done.quarantined][:EXAMPLES]
-    first = named[0].quarantined[0]
+    named = [done for done in worst if done["quarantined"]][:EXAMPLES]
+    first, where = named[0]["quarantined"][0], ", ".join(done["unit"] for done in named)
     raise UserError(
         f"{summary.quarantined:,} of {documents:,} documents had to be quarantined "
         f"({summary.quarantined / documents:.2%}), more than max_quarantined allows "
-        f"({max_quarantined:.2%}): units {', '.join(done.output for done in named)}; "
+        f"({max_quarantined:.2%}): units {where}; "
         f"{first['id']}: {first['error']}; all are in {summary.output / QUARANTINE}"
     )
 
@@ -234,19 +196,21 @@ def _check_quarantine(summary: Summary, max_quarantined: float) -> None:
 def _write_quarantine(summary: Summary) -> None:
     """Every listed record, in the order of the input."""
     path = summary.output / QUARANTINE
-    if not any(done.quarantined for done in summary.units):
+    if not any(done["quarantined"] for done in summary.units):
         path.unlink(missing_ok=True)
         return
     with files.LineWriter(path) as out:
         for done in summary.units:
-            for record in done.quarantined:
-                out.write(orjson.dumps({**record, "unit": done.output}))
+            for record in done["quarantined"]:
+                out.write(orjson.dumps({**record, "unit": done["unit"]}))
 
 
 def _write_stats(summary: Summary, plan: Plan) -> None:
-    outputs = [
-        {"name": done.output, "bytes": done.size, "sha256": done.sha256} for done in summary.units
-    ]
+    outputs = []
+    for done in summary.units:
+        known = done["files"][done["unit"]]
+        known = {"bytes": known["bytes"], "sha256": known["sha256"]}
+        outputs.append({"name": done["unit"], **known})
     files.write_json(
         summary.output / STATS,
         {

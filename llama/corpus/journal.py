@@ -1,15 +1,16 @@
-"""What of a run is done: a line for the plan, then one for every finished unit, flushed to disk.
+"""What of a stage is done: a line for the plan, then one for every finished unit, flushed to disk.
 
-A unit's line is written after its shard has its name, so a run that is killed anywhere loses at
+A unit's line is written after its files have their names, so a run that is killed anywhere loses at
 most the units it had in hand, which are done again to the same bytes. One run at a time holds the
-journal.
+journal. Tasks on other machines leave their records beside it as answers, which it takes in.
 """
 
 import fcntl
 import os
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
+import pickle
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +19,53 @@ import orjson
 
 from llama import files
 from llama.cli import UserError
-from llama.corpus.plan import Plan, differences
-from llama.corpus.unit import Finished
+from llama.corpus.plan import differences
 
 NAME = "journal.jsonl"
+ANSWERS = ".*.answer"
+
+# What is known of a finished unit: its name under "unit", `stamp`s of its files under "files".
+Record = dict[str, Any]
+
+
+def stamp(path: Path, sha256: str = "") -> Record:
+    """What tells whether a file is still what was written."""
+    status = path.stat()
+    digest = sha256 or files.sha256(path)
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+
+
+def intact(path: Path, known: Record) -> bool:
+    """Whether a file is what it was; it is read only if it was touched since."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return False
+    if status.st_size != known["bytes"]:
+        return False
+    return status.st_mtime_ns == known["mtime_ns"] or files.sha256(path) == known["sha256"]
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the same output; what a killed one was writing is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # opened for writing: network file systems lock no other way
+    with open(folder / ".lock", "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}") from None
+        try:
+            _sweep(folder)
+            yield
+        finally:
+            _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    for part in folder.rglob("*.part-*"):
+        part.unlink(missing_ok=True)
 
 
 class Journal:
@@ -30,22 +74,17 @@ class Journal:
     Raises `UserError` when another run is at work there, or when the journal is of another plan.
     """
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self.folder, self.path = folder, folder / NAME
-        self.header = plan.header()
-        self.finished: dict[str, Finished] = {}
+    def __init__(self, folder: Path, header: Record) -> None:
+        self.folder, self.path, self.header = folder, folder / NAME, header
+        self.finished: dict[str, Record] = {}
 
     def __enter__(self) -> "Journal":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
-        try:
-            self._lock()
+        with ExitStack() as stack:
+            stack.enter_context(only_one(self.folder))
+            self._file = open(self.path, "a+b")
+            stack.callback(self._close)
             self._read()
-        except BaseException:
-            with suppress(OSError):
-                self._file.close()
-            raise
-        self._sweep()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -54,26 +93,25 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._sweep()
+        self._stack.close()
+
+    def write(self, record: Record) -> None:
+        """Record a unit; once this returns, no later run does it again."""
+        self.finished[record["unit"]] = record
+        self._append(record)
+
+    def collect(self) -> None:
+        """Take in what the tasks of a killed run have done elsewhere."""
+        for left in self.folder.glob(ANSWERS):
+            record = pickle.loads(left.read_bytes())
+            if isinstance(record, dict) and record["unit"] not in self.finished:
+                self.write(record)
+            left.unlink()
+
+    def _close(self) -> None:
         # on a full disk closing tries once more to write, and fails once more
         with suppress(OSError):
             self._file.close()
-
-    def write(self, done: Finished) -> None:
-        """Record a unit; once this returns, no later run does it again."""
-        self.finished[done.output] = done
-        self._append(asdict(done))
-
-    def _sweep(self) -> None:
-        """Remove what killed workers were writing."""
-        for left in self.folder.glob("*.part-*"):
-            left.unlink()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {self.folder}") from None
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -82,8 +120,8 @@ class Journal:
             self._begin()
             return
         try:
-            header, *units = [orjson.loads(line) for line in lines]
-            finished = [Finished(**unit) for unit in units]
+            header, *records = [orjson.loads(line) for line in lines]
+            finished = {record["unit"]: record for record in records}
             same = header["plan"] == self.header["plan"]
         except (orjson.JSONDecodeError, TypeError, KeyError) as error:
             raise UserError(f"{self.path} is damaged ({error}): remove {self.folder}") from error
@@ -95,7 +133,14 @@ class Journal:
             )
         # a line without its end was being written when the run was killed
         self._file.truncate(self._file.tell() - len(torn))
-        self.finished = {unit.output: unit for unit in finished if self._intact(unit)}
+        with ThreadPoolExecutor() as threads:
+            whole = list(threads.map(self._intact, finished.values()))
+        self.finished = {
+            name: record for (name, record), ok in zip(finished.items(), whole, strict=True) if ok
+        }
+
+    def _intact(self, record: Record) -> bool:
+        return all(intact(self.folder / name, s) for name, s in record["files"].items())
 
     def _begin(self) -> None:
         if found := sorted(self.folder.glob("*.jsonl.zst")):
@@ -108,10 +153,3 @@ class Journal:
         self._file.write(orjson.dumps(value) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-
-    def _intact(self, unit: Finished) -> bool:
-        """Whether a shard is still what was written."""
-        path = self.folder / unit.output
-        if not path.is_file() or path.stat().st_size != unit.size:
-            return False
-        return files.sha256(path) == unit.sha256

@@ -11,7 +11,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,19 +76,21 @@ class Plan:
     left_out: tuple[LeftOut, ...] = ()
 
     def header(self) -> dict[str, Any]:
-        """What identifies the plan, with its hash: the first line of a journal."""
+        """What identifies the plan: the first line of a journal."""
         inputs: dict[str, int] = defaultdict(int)
         for unit in self.units:
             for piece in unit.pieces:
                 inputs[piece.name] += piece.size
-        body = {
-            "version": VERSION,
-            "recipe": self.recipe,
-            "options": self.options,
-            "inputs": inputs,
-        }
-        canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
-        return {"plan": hashlib.sha256(canonical).hexdigest(), **orjson.loads(canonical)}
+        return header(self.recipe, self.options, inputs)
+
+
+def header(
+    recipe: str, options: Mapping[str, Any], inputs: Mapping[str, int | str]
+) -> dict[str, Any]:
+    """What identifies a plan, with its hash; inputs are known by name and size, or by a hash."""
+    body = {"version": VERSION, "recipe": recipe, "options": options, "inputs": inputs}
+    canonical = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
+    return {"plan": hashlib.sha256(canonical).hexdigest(), **orjson.loads(canonical)}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -98,11 +100,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         {key: new.get(key) for key in ("version", "recipe", "options")},
     )
     before, after = old.get("inputs", {}), new.get("inputs", {})
-    resized = {n: f"{before[n]} -> {after[n]} bytes" for n in before if n in after}
+    resized = {n: f"{before[n]} -> {after[n]}" for n in before if n in after}
     changes = {
         "added": {name: "" for name in after if name not in before},
         "gone": {name: "" for name in before if name not in after},
-        "of another size": {n: s for n, s in resized.items() if before[n] != after[n]},
+        "changed": {n: s for n, s in resized.items() if before[n] != after[n]},
     }
     for what, names in changes.items():
         if names:

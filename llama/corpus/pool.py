@@ -6,12 +6,14 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from llama.cli import UserError
 from llama.corpus.document import describe
 
 J = TypeVar("J")
@@ -32,6 +34,21 @@ class Died:
 
     code: int | None
     place: int | None
+
+    @property
+    def error(self) -> str:
+        return f"a worker {death(self.code)}"
+
+
+def death(code: int | None) -> str:
+    """How a process ended, from its exit code: what to tell about it."""
+    if code == -signal.SIGALRM:
+        return "took longer than the deadline"
+    if code == -signal.SIGKILL:
+        return "was killed (out of memory?)"
+    if code is not None and code < 0:
+        return f"died of signal {signal.Signals(-code).name}"
+    return "was lost with its machine" if code is None else f"ended with code {code}"
 
 
 def answers(
@@ -77,7 +94,7 @@ class _Hand(Generic[J]):
         # a fresh interpreter: forking a process that draws a progress bar copies its locks
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs, os.getpid()), daemon=True)
+        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.give(job)
@@ -108,10 +125,11 @@ class _Hand(Generic[J]):
         self.process.join()
 
 
-def _serve(work: Callable[[Any, At], Any], pipe: Connection, parent: int) -> None:
-    """A worker's life; without a parent the job at hand is its last."""
+def _serve(work: Callable[[Any, At], Any], pipe: Connection) -> None:
+    """A worker's life, which ends with its parent's."""
     # Ctrl-C is the parent's business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
             job = pipe.recv()
@@ -119,8 +137,16 @@ def _serve(work: Callable[[Any, At], Any], pipe: Connection, parent: int) -> Non
             return
         try:
             answer = ("done", work(job, lambda place: pipe.send(("at", place))))
+        except UserError as error:
+            answer = ("failed", str(error))
         except Exception as error:
             answer = ("failed", describe(error))
-        if os.getppid() != parent:
-            return
         pipe.send(answer)
+
+
+def _die_with_parent() -> None:
+    """A later run must not meet the workers of one that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)

@@ -23,7 +23,7 @@ RATIO_FLOOR_BYTES = 1 << 28
 ZSTD_MAX_WINDOW_BYTES = 1 << 27
 COMPRESSED = (".gz", ".zst")
 
-_BOMS = (
+BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -119,6 +119,11 @@ def whole(source: Iterable[bytes], max_bytes: int) -> bytes | None:
     return b"".join(parts)
 
 
+def is_binary(data: bytes) -> bool:
+    """Whether more than 1 % of the bytes are control characters that text does not have."""
+    return (len(data) - len(data.translate(None, _CONTROLS))) * 100 > len(data)
+
+
 def decode(data: bytes, encoding: str = "auto") -> tuple[str, str]:
     """(text, what it was decoded as). A byte order mark is believed, then `encoding`.
 
@@ -127,7 +132,7 @@ def decode(data: bytes, encoding: str = "auto") -> tuple[str, str]:
     or many control characters, UnicodeDecodeError for bytes that are not in the encoding that was
     named.
     """
-    for mark, name in _BOMS:
+    for mark, name in BOMS:
         if data.startswith(mark):
             return data.decode(name), name.removesuffix("-sig")
     if b"\0" in data:
@@ -138,7 +143,7 @@ def decode(data: bytes, encoding: str = "auto") -> tuple[str, str]:
         return data.decode(), "utf-8"
     except UnicodeDecodeError:
         pass
-    if (len(data) - len(data.translate(None, _CONTROLS))) * 100 > len(data):
+    if is_binary(data):
         raise Binary("more than 1 % control characters")
     text = data.decode("utf-8", "replace")
     damaged = text.count("\ufffd")

@@ -17,18 +17,37 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from llama.corpus.document import Document, Dropped, Item, Step, apply, describe
+from llama.corpus.document import (
+    SAMPLE_CHARS,
+    Document,
+    Dropped,
+    Ended,
+    Item,
+    Passed,
+    Step,
+    describe,
+    trace,
+)
+from llama.corpus.journal import Record, stamp
 from llama.corpus.plan import Piece, Unit
-from llama.files import LineWriter, sha256
+from llama.corpus.pool import Died, death
+from llama.files import LineWriter
 
 BATCH_DOCUMENTS = 64
 BATCH_CHARS = 1 << 20
 # Quarantined records listed one by one per unit; beyond, they are only counted.
 MAX_LISTED = 10_000
+# Beside each shard: id, reason, bytes and step of every document that ended here, and the text of
+# the first few of each reason.
+DROPPED = "dropped/{}.zst"
+SAMPLES = 20
 
 # Format of the input -> "documents", "bytes", "dropped", ... -> name -> count.
 Counts = defaultdict[str, defaultdict[str, Counter[str]]]
 PlainCounts = Mapping[str, Mapping[str, Mapping[str, int]]]
+
+
+Outcome = Item | Ended | Passed
 
 
 def no_counts() -> Counts:
@@ -49,16 +68,21 @@ class Job(NamedTuple):
     careful: bool = False
     lost: tuple[tuple[int, str], ...] = ()
 
+    @property
+    def name(self) -> str:
+        return self.unit.output
 
-@dataclass
-class Finished:
-    """A unit that is done: what the journal keeps of it."""
+    @property
+    def cost(self) -> int:
+        return sum(piece.size for piece in self.unit.pieces)
 
-    output: str
-    sha256: str
-    size: int
-    counts: Any
-    quarantined: list[dict[str, str]]
+    def again(self, died: Died) -> "Job | None":
+        """The job after a crash: with care, then without the piece whose reader crashes."""
+        if not self.careful:
+            return self._replace(careful=True)
+        if died.place is None or died.place in dict(self.lost):
+            return None
+        return self._replace(lost=(*self.lost, (died.place, death(died.code))))
 
 
 @dataclass
@@ -77,12 +101,14 @@ class Work:
     folder: Path
     deadline_s: float
 
-    def __call__(self, job: Job, at: Callable[[int], None]) -> Finished:
+    def __call__(self, job: Job, at: Callable[[int], None]) -> Record:
         """Do one unit; `at` is told which piece is being read, in case the reader crashes."""
         tally = _Tally()
         lost = dict(job.lost)
         run = _apply_in_child if job.careful else _apply_here
-        with LineWriter(self.folder / job.unit.output) as out:
+        names = job.name, DROPPED.format(job.name.partition(".")[0])
+        path, aside = (self.folder / name for name in names)
+        with LineWriter(path) as out, LineWriter(aside) as dropped:
             for i, piece in enumerate(job.unit.pieces):
                 if job.careful:
                     at(i)
@@ -92,10 +118,13 @@ class Work:
                     items = [Dropped(piece.name, "crash", piece.size, f"the reader {lost[i]}")]
                 for batch in _batches(items, piece.format, tally):
                     for item in run(self.steps, batch, self.deadline_s):
-                        tally.end(piece.format, item, out)
-        path = self.folder / job.unit.output
-        size = path.stat().st_size
-        return Finished(job.unit.output, sha256(path), size, tally.plain(), tally.listed)
+                        tally.end(piece.format, item, out, dropped)
+        return {
+            "unit": job.name,
+            "files": {name: stamp(self.folder / name) for name in names},
+            "counts": tally.plain(),
+            "quarantined": tally.listed,
+        }
 
     def _read(self, piece: Piece) -> Iterator[Item]:
         """The reader's items; where it fails, the rest of the piece is one quarantined record."""
@@ -113,6 +142,7 @@ class _Tally:
 
     counts: Counts = field(default_factory=no_counts)
     listed: list[dict[str, str]] = field(default_factory=list)
+    samples: Counter[str] = field(default_factory=Counter)
 
     def file(self, piece: Piece) -> None:
         self.counts[piece.format]["files"].update(
@@ -124,7 +154,7 @@ class _Tally:
         self.counts[format]["documents"]["in"] += 1
         self.counts[format]["bytes"]["in"] += item.n_bytes
 
-    def end(self, format: str, item: Item, out: LineWriter) -> None:
+    def end(self, format: str, item: Outcome, out: LineWriter, dropped: LineWriter) -> None:
         """What became of a document."""
         counts = self.counts[format]
         if isinstance(item, Document):
@@ -139,14 +169,30 @@ class _Tally:
                 counts["bytes"]["out"] += item.n_bytes
                 return
         if isinstance(item, Dropped):
-            group = "quarantined" if item.error else "dropped"
-            counts[group][item.reason] += 1
-            counts[f"{group}_bytes"][item.reason] += item.n_bytes
-            if item.error and len(self.listed) < MAX_LISTED:
-                told = item.error.encode("utf-8", "replace").decode()
-                self.listed.append({"id": item.id, "reason": item.reason, "error": told})
+            item = Ended(item, "", "")
+        if isinstance(item, Ended):
+            dropped.write(self.drop(counts, item))
+        elif isinstance(item, Passed):
+            counts["steps"][item.step] += item.documents
+            counts["step_bytes"][item.step] += item.n_bytes
         else:
-            counts["noted"][item.name] += 1
+            counts["noted"][item.name] += item.times
+
+    def drop(self, counts: Any, ended: Ended) -> bytes:
+        """Count it, and put it on the quarantine's list; returns the line that is kept of it."""
+        id, reason, n_bytes, error = ended.dropped
+        group = "quarantined" if error else "dropped"
+        counts[group][reason] += 1
+        counts[f"{group}_bytes"][reason] += n_bytes
+        line: dict[str, Any] = {"id": id, "reason": reason, "bytes": n_bytes, "step": ended.step}
+        if error:
+            line["error"] = _valid(error)
+            if len(self.listed) < MAX_LISTED:
+                self.listed.append({"id": id, "reason": reason, "error": line["error"]})
+        self.samples[reason] += 1
+        if ended.sample and self.samples[reason] <= SAMPLES:
+            line["sample"] = _valid(ended.sample)
+        return orjson.dumps(line)
 
     def plain(self) -> dict[str, dict[str, dict[str, int]]]:
         """The counts as plain dictionaries, which travel between processes."""
@@ -154,6 +200,10 @@ class _Tally:
             format: {group: dict(counter) for group, counter in groups.items()}
             for format, groups in self.counts.items()
         }
+
+
+def _valid(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def _batches(items: Iterable[Item], format: str, tally: _Tally) -> Iterator[list[Item]]:
@@ -171,29 +221,35 @@ def _batches(items: Iterable[Item], format: str, tally: _Tally) -> Iterator[list
     yield batch
 
 
-def _apply_here(steps: Sequence[Step], batch: list[Item], deadline_s: float) -> list[Item]:
+def _apply_here(steps: Sequence[Step], batch: list[Item], deadline_s: float) -> Sequence[Outcome]:
     """A batch through the steps in this process, which the alarm ends when it takes too long."""
     signal.setitimer(signal.ITIMER_REAL, deadline_s)
     try:
-        return _mixed(batch, lambda documents: apply(steps, documents))
+        return _mixed(batch, lambda documents: trace(steps, documents))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _apply_in_child(steps: Sequence[Step], batch: list[Item], deadline_s: float) -> list[Item]:
+def _apply_in_child(
+    steps: Sequence[Step], batch: list[Item], deadline_s: float
+) -> Sequence[Outcome]:
     """A batch through the steps in a child process; if it dies, each document in one of its own."""
     return _mixed(batch, lambda documents: _guarded(steps, documents, deadline_s))
 
 
-def _mixed(batch: list[Item], through: Callable[[Sequence[Document]], list[Item]]) -> list[Item]:
+def _mixed(
+    batch: list[Item], through: Callable[[Sequence[Document]], Sequence[Outcome]]
+) -> Sequence[Outcome]:
     """The documents of a batch through the steps, and beside them what the reader dropped."""
     documents = [item for item in batch if isinstance(item, Document)]
-    aside = [item for item in batch if not isinstance(item, Document)]
-    return (through(documents) if documents else []) + aside
+    aside: list[Outcome] = [item for item in batch if not isinstance(item, Document)]
+    return [*(through(documents) if documents else ()), *aside]
 
 
-def _guarded(steps: Sequence[Step], documents: Sequence[Document], deadline_s: float) -> list[Item]:
-    """`apply` in a child process."""
+def _guarded(
+    steps: Sequence[Step], documents: Sequence[Document], deadline_s: float
+) -> Sequence[Outcome]:
+    """`trace` in a child process."""
     receiving, sending = os.pipe()
     child = os.fork()
     if child == 0:
@@ -203,7 +259,7 @@ def _guarded(steps: Sequence[Step], documents: Sequence[Document], deadline_s: f
             os.close(receiving)
             signal.setitimer(signal.ITIMER_REAL, deadline_s)
             with os.fdopen(sending, "wb") as pipe:
-                pickle.dump(apply(steps, documents), pipe)
+                pickle.dump(trace(steps, documents), pipe)
             code = 0
         finally:
             os._exit(code)
@@ -215,16 +271,6 @@ def _guarded(steps: Sequence[Step], documents: Sequence[Document], deadline_s: f
         return list(pickle.loads(answer))
     if len(documents) == 1:
         how = death(os.waitstatus_to_exitcode(status))
-        return [documents[0].dropped("crash", f"the process {how}")]
+        dropped = documents[0].dropped("crash", f"the process {how}")
+        return [Ended(dropped, "", documents[0].text[:SAMPLE_CHARS])]
     return [item for document in documents for item in _guarded(steps, [document], deadline_s)]
-
-
-def death(code: int | None) -> str:
-    """How a process ended, from its exit code: what to tell about it."""
-    if code == -signal.SIGALRM:
-        return "took longer than the deadline"
-    if code == -signal.SIGKILL:
-        return "was killed (out of memory?)"
-    if code is not None and code < 0:
-        return f"died of signal {signal.Signals(-code).name}"
-    return f"ended with code {code}"

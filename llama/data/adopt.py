@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from llama import cli
 from llama.cli import UserError
+from llama.corpus.journal import only_one
 from llama.data.indexed import Index, check_ids, read_index
-from llama.data.units import only_one
 from llama.data.writer import (
     SPLITS,
     VALID_PER_10K,
@@ -59,8 +59,6 @@ def adopt(
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with only_one(output):
         place_tokenizer(model, output.parent)
-        for part in output.rglob("*.part-*"):
-            part.unlink()
         # a document belongs to the shard in whose share of the tokens it begins
         units = index.starts[:-1] // shard_tokens
         for unit in np.unique(units).tolist():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
@@ -53,14 +54,6 @@ class Place(NamedTuple):
     end: int
 
 
-class Visit(NamedTuple):
-    """A row of a step's batch (counted from 0) that holds tokens of a document."""
-
-    step: int
-    row: int
-    window: int
-
-
 # -- forwards: the documents of a step -------------------------------------------------------------
 
 
@@ -68,18 +61,18 @@ def documents_of_step(order: Order, sources: Mapping[str, Source], step: int) ->
     """Every document in the batch of ``step`` (from 0), row by row."""
     segment, drawn = order.segment(step), order.batch(step)
     found = []
-    wanted: dict[tuple[str, int], set[int]] = {}
+    wanted: dict[tuple[str, int], set[int]] = defaultdict(set)
     for row, (index, epoch, window) in enumerate(zip(*map(np.ndarray.tolist, drawn), strict=True)):
         source = sources[order.names[index]]
         _refuse_other_shards(source, segment)
         first = window * segment.seq_len
-        for shard, number, begin, end, of in stretches(source, first, first + segment.seq_len + 1):
-            wanted.setdefault((source.name, shard), set()).add(number)
-            found.append((row, source, epoch, window, shard, number, begin, end, of))
+        for shard, number, *tokens in stretches(source, first, first + segment.seq_len + 1):
+            wanted[source.name, shard].add(number)
+            found.append((row, source.name, epoch, window, shard, number, *tokens))
     ids = {key: document_ids(sources[key[0]], key[1], numbers) for key, numbers in wanted.items()}
     return [
-        Passage(row, source.name, epoch, window, ids[source.name, shard][number], *tokens)
-        for row, source, epoch, window, shard, number, *tokens in found
+        Passage(row, name, epoch, window, ids[name, shard][number], *tokens)
+        for row, name, epoch, window, shard, number, *tokens in found
     ]
 
 
@@ -121,35 +114,33 @@ def _refuse_other_shards(source: Source, segment: Segment) -> None:
 # -- backwards: the steps of a document ------------------------------------------------------------
 
 
-class _Hashes:
-    """A ``.hash`` file as a sequence for bisection, a few bytes read at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "rb")
-
-    def __len__(self) -> int:
-        return os.fstat(self.file.fileno()).st_size // 8
-
-    def __getitem__(self, i: int) -> int:
-        return int.from_bytes(os.pread(self.file.fileno(), 8, 8 * i), "little")
-
-
 def locate(source: Source, document: str) -> Place | None:
     """Where a document lies in a split, if it is there."""
     key = id_hash(document)
     for shard, line in enumerate(source.shards):
-        hashes = _Hashes(source.path(shard, ".hash"))
-        with hashes.file:
-            number = bisect_left(hashes, key)
-            if number == len(hashes) or hashes[number] != key:
-                continue
-        first, end = _starts(source.path(shard, ".idx"))[number : number + 2].tolist()
-        return Place(source, shard, number, line.start + first, line.start + end)
+        number = _find_hash(source.path(shard, ".hash"), key)
+        if number is not None:
+            first, end = _starts(source.path(shard, ".idx"))[number : number + 2].tolist()
+            return Place(source, shard, number, line.start + first, line.start + end)
     return None
 
 
-def steps_of_document(order: Order, place: Place, last_step: int) -> list[Visit]:
-    """Every step up to ``last_step`` (from 0) with tokens of a train document, targets included."""
+def _find_hash(path: Path, key: int) -> int | None:
+    """The place of a hash in a sorted ``.hash`` file, of which a few bytes are read."""
+    with open(path, "rb") as file:
+
+        def hash_at(i: int) -> int:
+            return int.from_bytes(os.pread(file.fileno(), 8, 8 * i), "little")
+
+        number = bisect_left(range(path.stat().st_size // 8), key, key=hash_at)
+        return number if hash_at(number) == key else None
+
+
+def steps_of_document(order: Order, place: Place, last_step: int) -> list[tuple[int, int, int]]:
+    """(step, row, window) wherever a train document is in a batch up to ``last_step`` (from 0).
+
+    Its tokens count as targets too.
+    """
     visits = []
     for k, segment in enumerate(order.segments):
         if place.source.name not in segment.weights or segment.first_step > last_step:
@@ -159,8 +150,8 @@ def steps_of_document(order: Order, place: Place, last_step: int) -> list[Visit]
         length = segment.seq_len
         first = max(0, -(-place.first // length) - 1)
         for window in range(first, (place.end - 1) // length + 1):
-            found = order.find(place.source.name, window, last_step, k)
-            visits += [Visit(step, row, window) for step, row in found]
+            found = order.find(k, place.source.name, window, last_step)
+            visits += [(step, row, window) for step, row in found]
     return sorted(visits)
 
 
@@ -170,9 +161,8 @@ def steps_of_document(order: Order, place: Place, last_step: int) -> list[Visit]
 def planned(order: Order, step: int) -> dict[str, Fraction]:
     """Tokens that the weights give each source before a step."""
     total = dict.fromkeys(order.names, Fraction(0))
-    ends = [s.first_step for s in order.segments[1:]] + [step]
-    for segment, end in zip(order.segments, ends, strict=True):
-        tokens = order.tokens(min(end, step)) - order.tokens(min(segment.first_step, step))
+    for segment, steps in order.steps_before(step):
+        tokens = steps * segment.batch_windows * segment.seq_len
         for name, weight in segment.weights.items():
             total[name] += Fraction(tokens * weight, sum(segment.weights.values()))
     return total
@@ -261,26 +251,21 @@ def print_document(
     done: int,
     steps: int,
 ) -> None:
-    found = False
-    for source in (*sources.values(), *valid.values()):
-        place = locate(source, document)
-        if place is None:
-            continue
-        found = True
-        where = source.path(place.shard)
+    places = [locate(source, document) for source in (*sources.values(), *valid.values())]
+    if not any(places):
+        raise UserError(f"no document {document!r} in {', '.join(sources)}")
+    for place in filter(None, places):
+        where = place.source.path(place.shard)
         print(f"{document}: {place.end - place.first} tokens, document {place.number} of {where}")
-        if source.split == "valid":
+        if place.source.split == "valid":
             print("held out for validation: no step trains on it")
             continue
-        visits = steps_of_document(order, place, steps - 1)
         rows = [
-            (v.step + 1, v.row, v.window, "trained" if v.step < done else "planned") for v in visits
+            (step + 1, row, window, "trained" if step < done else "planned")
+            for step, row, window in steps_of_document(order, place, steps - 1)
         ]
-        print(
-            cli.table(("step", "row", "window", ""), rows) if rows else f"in none of {steps} steps"
-        )
-    if not found:
-        raise UserError(f"no document {document!r} in {', '.join(sources)}")
+        header = ("step", "row", "window", "")
+        print(cli.table(header, rows) if rows else f"in none of {steps} steps")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from llama.data.order import Order
 from llama.data.shards import Source
 
 IGNORED = -100  # a target that counts for nothing, the convention of cross_entropy
+AHEAD = 3  # batches read before they are asked for
 STALLED_AFTER_S = 900.0
 Rows = tuple[int, int]
 Read = tuple[torch.Tensor, torch.Tensor]
@@ -28,23 +28,15 @@ Read = tuple[torch.Tensor, torch.Tensor]
 class Loader:
     """Reads the batches of an order. Has no state to save: the step is all it needs."""
 
-    def __init__(
-        self,
-        sources: Mapping[str, Source],
-        order: Order,
-        ahead: int = 2,
-        stalled_after_s: float = STALLED_AFTER_S,
-        pin: bool | None = None,
-    ) -> None:
+    def __init__(self, sources: Mapping[str, Source], order: Order, pin: bool = True) -> None:
         missing = sorted(set(order.segments[-1].weights) - set(sources))
         if missing:
             raise UserError(f"no shards are open for the sources {', '.join(missing)}")
         self.sources, self.order = sources, order
-        self.ahead, self.stalled_after_s = ahead, stalled_after_s
-        self.pin = torch.cuda.is_available() if pin is None else pin
+        self.pin = pin and torch.cuda.is_available()
         self.waited_s = 0.0
         self._reading = "nothing yet"
-        self._stop = threading.Event()
+        self._stop: Callable[[], None]
         self._thread: threading.Thread | None = None
 
     def batch(self, step: int, lo: int, hi: int) -> Read:
@@ -58,21 +50,23 @@ class Loader:
         out = torch.empty((hi - lo, length + 1), dtype=torch.int64, pin_memory=self.pin)
         rows = out.numpy()
         picked, windows = drawn.sources[lo:hi].tolist(), drawn.windows[lo:hi].tolist()
-        for row, (index, window) in enumerate(zip(picked, windows, strict=True)):
-            source = self.sources[names[index]]
+        places = [
+            (self.sources[names[index]], window)
+            for index, window in zip(picked, windows, strict=True)
+        ]
+        for row, (source, window) in zip(rows, places, strict=True):
             if source.n_windows(length) != segment.windows[source.name]:
                 raise UserError(
                     f"{source.folder}: {source.n_windows(length)} windows of {length} tokens, but"
                     f" the run's order was made for {segment.windows[source.name]}"
                 )
             self._reading = f"window {window} of {source.folder}"
-            rows[row] = source.read(window * length, length + 1)
+            row[:] = source.read(window * length, length + 1)
         # one pass over the batch; only a failure looks for the row
-        limits = {name: source.vocab_size for name, source in self.sources.items()}
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < min(limits.values()):
-            for row, (index, window) in enumerate(zip(picked, windows, strict=True)):
-                source = self.sources[names[index]]
-                source.check_ids(rows[row].astype(source.dtype), window * length)
+        limit = min(source.vocab_size for source in self.sources.values())
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
+            for row, (source, window) in zip(rows, places, strict=True):
+                source.check_ids(row.astype(source.dtype), window * length)
         return out, torch.from_numpy(drawn.sources[lo:hi].copy())
 
     def steps(
@@ -81,65 +75,52 @@ class Loader:
         """(step, tokens, sources) of steps [first, end), read by a thread in the background.
 
         ``rows(step)`` is this process's share of the global batch. What fails in the thread is
-        raised here; a read that hangs is named after ``stalled_after_s``.
+        raised here; a read that hangs is named after ``STALLED_AFTER_S``.
         """
+        ready: queue.SimpleQueue[Read | BaseException] = queue.SimpleQueue()
+        room, stopped = threading.Semaphore(AHEAD), threading.Event()
+
+        def read_ahead() -> None:
+            for step in range(first_step, end_step):
+                room.acquire()
+                if stopped.is_set():
+                    return
+                try:
+                    ready.put(self.batch(step, *rows(step)))
+                except BaseException as error:
+                    ready.put(error)
+                    return
+
+        def stop() -> None:
+            stopped.set()
+            room.release()
+
         self.close()
-        self._stop = stop = threading.Event()
-        ready: queue.Queue[Any] = queue.Queue(self.ahead)
-        self._thread = threading.Thread(
-            target=self._read_ahead, args=(range(first_step, end_step), rows, ready, stop)
-        )
-        self._thread.daemon = True
+        # a daemon: a read that hangs must not keep the process
+        self._stop, self._thread = stop, threading.Thread(target=read_ahead, daemon=True)
         self._thread.start()
         try:
             for step in range(first_step, end_step):
                 began = time.monotonic()
-                got = self._next(ready, began)
+                try:
+                    got = ready.get(timeout=STALLED_AFTER_S)
+                except queue.Empty:
+                    raise TimeoutError(
+                        f"no batch for {STALLED_AFTER_S:.0f} s: still reading {self._reading}"
+                    ) from None
                 self.waited_s += time.monotonic() - began
                 if isinstance(got, BaseException):
                     raise got
+                room.release()
                 yield step, *got
         finally:
-            stop.set()
+            stop()
 
     def close(self) -> None:
         """End the background thread; the sources stay open."""
-        self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread:
+            self._stop()
             self._thread.join(timeout=5)
-        self._thread = None
-
-    def _read_ahead(
-        self,
-        steps: range,
-        rows: Callable[[int], Rows],
-        ready: queue.Queue[Any],
-        stop: threading.Event,
-    ) -> None:
-        for step in steps:
-            try:
-                item: Any = self.batch(step, *rows(step))
-            except BaseException as error:
-                item = error
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
-            if stop.is_set() or isinstance(item, BaseException):
-                return
-
-    def _next(self, ready: queue.Queue[Any], began: float) -> Any:
-        while True:
-            try:
-                return ready.get(timeout=0.5)
-            except queue.Empty:
-                waited = time.monotonic() - began
-                if waited > self.stalled_after_s:
-                    raise TimeoutError(
-                        f"no batch for {waited:.0f} s: still reading {self._reading}"
-                    ) from None
 
 
 def validation_windows(source: Source, seq_len: int, budget: int) -> torch.Tensor:

@@ -8,11 +8,9 @@ drawn epoch by epoch, every window once per epoch, each epoch in an order of its
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +21,6 @@ from llama.data.layout import WEIGHT_LIMIT, Ints, epoch_key, layout, permute, so
 from llama.data.layout import integer_weights as integer_weights
 
 Ranges = tuple[tuple[int, int], ...]
-
-EPOCHS_AT_ONCE = 1024
 
 
 class Batch(NamedTuple):
@@ -53,22 +49,19 @@ class Segment:
     starts: dict[str, tuple[int, int]]
     skipped: Ranges = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Segment:
-        starts = {name: (int(epoch), int(n)) for name, (epoch, n) in fields["starts"].items()}
-        skipped = tuple((int(first), int(end)) for first, end in fields["skipped"])
-        return cls(**{**fields, "starts": starts, "skipped": skipped})
-
 
 def to_json(segments: Iterable[Segment]) -> list[dict[str, Any]]:
-    return [segment.to_json() for segment in segments]
+    return [asdict(segment) for segment in segments]
 
 
 def from_json(segments: Iterable[Mapping[str, Any]]) -> tuple[Segment, ...]:
-    return tuple(Segment.from_json(fields) for fields in segments)
+    """Segments as a checkpoint has them: JSON knows lists only."""
+    found = []
+    for fields in segments:
+        starts = {name: (int(epoch), int(n)) for name, (epoch, n) in fields["starts"].items()}
+        skipped = tuple((int(first), int(end)) for first, end in fields["skipped"])
+        found.append(Segment(**{**fields, "starts": starts, "skipped": skipped}))
+    return tuple(found)
 
 
 def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
@@ -128,8 +121,8 @@ class Order:
         self.segments = tuple(segments)
         assert self.segments, "an order needs a first segment"
         self.names = tuple(sorted({name for s in self.segments for name in s.windows}))
-        keys = [source_key(seed, name) for name in self.names]
-        self._keys = np.array(keys, np.uint64)
+        self._first_steps = [segment.first_step for segment in self.segments]
+        self._keys = np.array([source_key(seed, name) for name in self.names], np.uint64)
         self._gaps = _Gaps(merge_ranges(r for s in self.segments for r in s.skipped))
         self._plans: dict[int, _Plan] = {}
 
@@ -144,11 +137,9 @@ class Order:
         windows: Mapping[str, int],
     ) -> Order:
         """The order of a new run; ``weights`` from ``integer_weights``."""
-        starts = dict.fromkeys(weights, (0, 0))
-        sizes = {name: windows.get(name, 0) for name in weights}
+        sizes, starts = {name: windows[name] for name in weights}, dict.fromkeys(weights, (0, 0))
         first = Segment(0, 0, batch_windows, seq_len, dict(weights), sizes, starts)
-        _check(first)
-        return cls(seed, [first])
+        return cls(seed, [_checked(first)])
 
     def segment(self, step: int) -> Segment:
         return self.segments[self._index(step)]
@@ -170,61 +161,70 @@ class Order:
         key = epoch_key(self._keys[source], epoch)
         return Batch(source, epoch, permute(place, plan.windows[source], key))
 
+    def steps_before(self, step: int) -> list[tuple[Segment, int]]:
+        """(segment, how many of its steps come before this one)."""
+        ends = [*self._first_steps[1:], step]
+        return [
+            (segment, max(0, min(end, step) - segment.first_step))
+            for segment, end in zip(self.segments, ends, strict=True)
+        ]
+
     def tokens(self, step: int) -> int:
         """Tokens trained on before a step."""
-        ends = [s.first_step for s in self.segments[1:]] + [step]
-        return sum(
-            max(0, min(end, step) - s.first_step) * s.batch_windows * s.seq_len
-            for s, end in zip(self.segments, ends, strict=True)
-        )
-
-    def counts(self, step: int) -> dict[str, int]:
-        """Windows of each source consumed before a step, the skipped ones among them."""
-        return self._total([(0, self.position(step))])
+        return sum(n * s.batch_windows * s.seq_len for s, n in self.steps_before(step))
 
     def skipped(self, step: int) -> dict[str, int]:
         """Windows of each source passed over, never trained on, before a step."""
-        return self._total(self._gaps_before(step))
+        windows = self._skipped(self.position(step)).sum(axis=0)
+        return dict(zip(self.names, windows.tolist(), strict=True))
 
     def source_tokens(self, step: int) -> dict[str, int]:
         """Tokens of each source trained on before a step."""
-        skipped = self._total(self._gaps_before(step), in_tokens=True)
-        consumed = self._total([(0, self.position(step))], in_tokens=True)
-        return {name: consumed[name] - skipped[name] for name in self.names}
+        here = self.position(step)
+        trained = self._visits(here) - self._skipped(here)
+        tokens = np.array([segment.seq_len for segment in self.segments]) @ trained
+        return dict(zip(self.names, tokens.tolist(), strict=True))
 
-    def find(
-        self, name: str, window: int, last_step: int | None = None, segment: int | None = None
-    ) -> Iterator[tuple[int, int]]:
-        """(step, index in its batch) of each time a window is trained on, up to ``last_step``.
+    def find(self, k: int, name: str, window: int, last_step: int) -> list[tuple[int, int]]:
+        """(step, row of its batch) of each time segment ``k`` trains on a window, in order.
 
-        Without ``last_step`` it never ends. ``segment`` restricts the search to one: under another
-        sequence length the same window number means other tokens.
+        One segment at a time: under another sequence length a window holds other tokens.
         """
-        for k, each in enumerate(self.segments):
-            inside = 0 <= window < each.windows.get(name, 0) and name in each.weights
-            if inside and segment in (None, k):
-                yield from self._find_in(k, self.names.index(name), window, last_step)
+        segment, plan, source = self.segments[k], self._plan(k), self.names.index(name)
+        size, weight = segment.windows.get(name, 0), segment.weights.get(name, 0)
+        end_step = min([last_step + 1, *self._first_steps[k + 1 : k + 2]])
+        if not weight or window >= size or end_step <= segment.first_step:
+            return []
+        visits = plan.counts(self.position(end_step) - segment.first_sample)[source]
+        epochs = np.arange((visits + plan.visit[source] - 1) // size + 1)
+        key = epoch_key(self._keys[source], plan.epoch[source] + epochs)
+        visit = epochs * size + permute(window, size, key, inverse=True) - plan.visit[source]
+        visit = visit[(visit >= 0) & (visit < visits)]
+        slots = np.flatnonzero(plan.table == source)
+        sample = visit // weight * plan.period + slots[visit % weight] + segment.first_sample
+        number, trained = self._gaps.number(sample)
+        number = number[trained] - self._gaps.number(segment.first_sample)[0]
+        steps, rows = np.divmod(number, segment.batch_windows)
+        return list(zip((steps + segment.first_step).tolist(), rows.tolist(), strict=True))
 
     def append(
         self,
         first_step: int,
         *,
-        batch_windows: int | None = None,
-        seq_len: int | None = None,
-        weights: Mapping[str, int] | None = None,
-        windows: Mapping[str, int] | None = None,
         skipped: Iterable[tuple[int, int]] = (),
         restart: Collection[str] = (),
+        **changes: Any,
     ) -> tuple[Order, dict[str, int]]:
         """The order with a segment from ``first_step`` on, and the windows it leaves unread.
 
-        What is not given stays. Sources go on where they stand, but begin a new epoch under a new
-        ``seq_len``, with another number of windows, or when named in ``restart`` (other shards).
-        Segments planned for later steps are dropped. To pass over the batches of steps [a, b),
-        append at step a with ``skipped=[(position(a), position(b))]``: a range that begins where
-        the segment does is passed over in the old layout, so just those windows are left out.
+        ``changes`` are its batch_windows, seq_len, weights and windows; what is not given stays.
+        Sources go on where they stand, but begin a new epoch under a new ``seq_len``, with another
+        number of windows, or when named in ``restart`` (other shards). Segments planned for later
+        steps are dropped. To pass over the batches of steps [a, b), append at step a with
+        ``skipped=[(position(a), position(b))]``: a range that begins where the segment does is
+        passed over in the old layout, so just those windows are left out.
         """
-        skipped = tuple(skipped)
+        skipped = merge_ranges(skipped)
         kept = [s for s in self.segments if s.first_step <= first_step]
         assert kept, f"step {first_step} lies before the first segment"
         old = Order(self.seed, kept)
@@ -233,37 +233,20 @@ class Order:
         gaps = _Gaps(merge_ranges((*old._gaps.ranges, *skipped)))
         sample = int(gaps.sample(old._gaps.number(here)[0]))
         visits = old._plan(len(kept) - 1).counts(sample - last.first_sample)
-        sizes = dict(last.windows) | dict(windows or {})
-        seq_len = last.seq_len if seq_len is None else seq_len
+        made = dict(zip(old.names, visits.tolist(), strict=True))
+        changes["windows"] = last.windows | changes.get("windows", {})
+        new = replace(last, first_step=first_step, first_sample=sample, skipped=skipped, **changes)
         starts, unread = {}, {}
-        for name in sizes:
+        for name, size in new.windows.items():
             epoch, visit = last.starts.get(name, (0, 0))
-            if name in last.windows:
-                ahead, visit = divmod(
-                    visit + int(visits[old.names.index(name)]), last.windows[name]
-                )
-                epoch += ahead
-            changed = seq_len != last.seq_len or sizes[name] != last.windows.get(name, sizes[name])
-            if visit and (changed or name in restart):
-                unread[name] = last.windows[name] - visit
+            before = last.windows.get(name, 1)
+            passed, visit = divmod(visit + made.get(name, 0), before)
+            epoch += passed
+            if visit and (new.seq_len != last.seq_len or size != before or name in restart):
+                unread[name] = before - visit
                 epoch, visit = epoch + 1, 0
             starts[name] = (epoch, visit)
-        new = Segment(
-            first_step=first_step,
-            first_sample=sample,
-            batch_windows=last.batch_windows if batch_windows is None else batch_windows,
-            seq_len=seq_len,
-            weights=dict(last.weights if weights is None else weights),
-            windows=sizes,
-            starts=starts,
-            skipped=merge_ranges(skipped),
-        )
-        _check(new)
-        return Order(self.seed, [*kept, new]), unread
-
-    @cached_property
-    def _first_steps(self) -> list[int]:
-        return [segment.first_step for segment in self.segments]
+        return Order(self.seed, [*kept, _checked(replace(new, starts=starts))]), unread
 
     def _index(self, step: int) -> int:
         assert step >= self._first_steps[0], f"step {step} lies before the first segment"
@@ -280,56 +263,30 @@ class Order:
         first += (step - segment.first_step) * segment.batch_windows
         return self._gaps.sample(first + np.arange(n))
 
-    def _gaps_before(self, step: int) -> list[tuple[int, int]]:
-        end = self.position(step)
-        return [(a, min(b, end)) for a, b in self._gaps.ranges if a < end]
+    def _visits(self, sample: int) -> Ints:
+        """Visits before a sample of the run, the skipped among them: (segments, sources)."""
+        ends = [*(segment.first_sample for segment in self.segments[1:]), sample]
+        return np.array(
+            [
+                self._plan(k).counts(max(0, min(end, sample) - segment.first_sample))
+                for k, (segment, end) in enumerate(zip(self.segments, ends, strict=True))
+            ]
+        )
 
-    def _total(self, ranges: Iterable[tuple[int, int]], in_tokens: bool = False) -> dict[str, int]:
-        """Visits of each source within ranges of the run's samples, each in its own layout."""
-        total = np.zeros(len(self.names), np.int64)
-        ends: list[float] = [s.first_sample for s in self.segments[1:]] + [math.inf]
-        for first, end in ranges:
-            for k, (segment, last) in enumerate(zip(self.segments, ends, strict=True)):
-                a, b = max(first, segment.first_sample), min(end, last)
-                if a < b:
-                    plan, origin = self._plan(k), segment.first_sample
-                    visits = plan.counts(int(b) - origin) - plan.counts(a - origin)
-                    total += visits * (segment.seq_len if in_tokens else 1)
-        return dict(zip(self.names, total.tolist(), strict=True))
-
-    def _find_in(
-        self, k: int, source: int, window: int, last_step: int | None
-    ) -> Iterator[tuple[int, int]]:
-        segment, plan = self.segments[k], self._plan(k)
-        size, weight = int(plan.windows[source]), int(plan.weights[source])
-        ends = [s.first_sample for s in self.segments[k + 1 : k + 2]]
-        if last_step is not None:
-            ends.append(self.position(max(last_step + 1, segment.first_step)))
-        samples = min(ends) - segment.first_sample if ends else None
-        visits = math.inf if samples is None else int(plan.counts(samples)[source])
-        slots = np.flatnonzero(plan.table == source)
-        first = self._gaps.number(segment.first_sample)[0]
-        epochs = math.inf if samples is None else (visits + int(plan.visit[source]) - 1) // size + 1
-        begin = 0
-        while begin < epochs:
-            ahead = np.arange(begin, min(begin + EPOCHS_AT_ONCE, epochs), dtype=np.int64)
-            key = epoch_key(self._keys[source], plan.epoch[source] + ahead)
-            visit = ahead * size + permute(window, size, key, inverse=True) - plan.visit[source]
-            visit = visit[(visit >= 0) & (visit < visits)]
-            sample = visit // weight * plan.period + slots[visit % weight]
-            number, trained = self._gaps.number(sample + segment.first_sample)
-            steps, rows = np.divmod(number[trained] - first, segment.batch_windows)
-            yield from zip((steps + segment.first_step).tolist(), rows.tolist(), strict=True)
-            begin += EPOCHS_AT_ONCE
+    def _skipped(self, sample: int) -> Ints:
+        """Visits before a sample that are passed over: (segments, sources)."""
+        total = np.zeros((len(self.segments), len(self.names)), np.int64)
+        for first, end in self._gaps.ranges:
+            total += self._visits(min(end, sample)) - self._visits(min(first, sample))
+        return total
 
 
-def _check(segment: Segment) -> None:
-    """Refuse a segment that cannot be drawn."""
+def _checked(segment: Segment) -> Segment:
+    """The segment, if it can be drawn."""
     total = sum(segment.weights.values())
     assert 0 < total <= WEIGHT_LIMIT and min(segment.weights.values()) > 0, segment.weights
+    assert segment.batch_windows > 0 and segment.seq_len > 0, segment
     for name in segment.weights:
-        if segment.windows.get(name, 0) <= 0:
+        if segment.windows[name] <= 0:
             raise UserError(f"source {name!r} holds no window of {segment.seq_len} tokens")
-    for key in ("batch_windows", "seq_len"):
-        if getattr(segment, key) <= 0:
-            raise UserError(f"{key} must be above 0, not {getattr(segment, key)}")
+    return segment

@@ -13,7 +13,7 @@ import os
 import resource
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ class Shard:
     name: str
     documents: int
     tokens: int
-    text_bytes: int
     start: int
     hashes: dict[str, str] = field(repr=False)
 
@@ -55,7 +54,7 @@ class Source:
             self.vocab_size, self.bos_id, self.eos_id = (
                 int(manifest[key]) for key in ("vocab_size", "bos_id", "eos_id")
             )
-            self.shards = tuple(_manifest_shards(manifest["shards"]))
+            self.shards = _manifest_shards(manifest["shards"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no manifest of token shards: {error!r}") from error
         if self.dtype not in DTYPES.values():
@@ -65,7 +64,8 @@ class Source:
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
         for k in range(len(self.shards)):
-            self._check_shard(k)
+            self._check_sizes(k)
+            self._check_some_ids(k)
             self.close()  # checking thousands of shards must not keep a file of each open
 
     def path(self, shard: int, suffix: str = ".bin") -> Path:
@@ -95,12 +95,10 @@ class Source:
 
     def check_ids(self, tokens: NDArray[Any], offset: int) -> None:
         """Refuse ids outside the vocabulary among tokens read at ``offset``."""
-        while len(tokens):
-            k = self.shard_at(offset)
-            first = offset - self.shards[k].start
-            here = min(len(tokens), self.shards[k].tokens - first)
-            check_ids(tokens[:here], self.vocab_size, self.path(k), first)
-            tokens, offset = tokens[here:], offset + here
+        for k in range(self.shard_at(offset), self.shard_at(offset + len(tokens) - 1) + 1):
+            first = max(offset, self._starts[k])
+            here = tokens[first - offset :][: self.shards[k].start + self.shards[k].tokens - first]
+            check_ids(here, self.vocab_size, self.path(k), first - self._starts[k])
 
     def close(self) -> None:
         with self._lock:
@@ -127,16 +125,14 @@ class Source:
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
 
     def _file(self, k: int) -> int:
-        handle = self._files.get(k)
-        if handle is None:
+        if k not in self._files:
             with self._lock:
                 if k not in self._files:
                     self._files[k] = os.open(self.path(k), os.O_RDONLY)
-                handle = self._files[k]
-        return handle
+        return self._files[k]
 
-    def _check_shard(self, k: int) -> None:
-        """Sizes, index header and end, and ids: constant work for a large shard."""
+    def _check_sizes(self, k: int) -> None:
+        """The sizes that the manifest, the index and its last sequence give are one."""
         shard, path, index = self.shards[k], self.path(k), self.path(k, ".idx")
         expected = shard.tokens * self.dtype.itemsize
         try:
@@ -162,24 +158,26 @@ class Source:
             )
         if not sequences or last_byte + last_tokens * dtype.itemsize != size:
             raise UserError(f"{index}: its last sequence does not end at byte {size} of {path}")
-        blocks = [(0, shard.tokens)]
-        if self.n_tokens > READ_AT_OPEN:
-            some = min(shard.tokens, 4096)
-            blocks = [(0, some), (shard.tokens - some, some)]
-        for first, count in blocks:
-            check_ids(self._read_shard(k, first, count), self.vocab_size, path, first)
+
+    def _check_some_ids(self, k: int) -> None:
+        """Constant work for a large source."""
+        tokens = self.shards[k].tokens
+        some = min(tokens, 4096) if self.n_tokens > READ_AT_OPEN else tokens
+        for first in {0, tokens - some}:
+            check_ids(self._read_shard(k, first, some), self.vocab_size, self.path(k), first)
 
 
-def _manifest_shards(lines: list[dict[str, Any]]) -> Iterator[Shard]:
+def _manifest_shards(lines: list[dict[str, Any]]) -> list[Shard]:
+    found: list[Shard] = []
     start = 0
     for line in lines:
         hashes = {suffix: str(line[key]) for suffix, key in SUFFIXES.items()}
-        numbers = (int(line[key]) for key in ("documents", "tokens", "text_bytes"))
-        documents, tokens, text_bytes = numbers
+        tokens = int(line["tokens"])
         if tokens <= 0:
             raise ValueError(f"shard {line['name']} of {tokens} tokens")
-        yield Shard(str(line["name"]), documents, tokens, text_bytes, start, hashes)
+        found.append(Shard(str(line["name"]), int(line["documents"]), tokens, start, hashes))
         start += tokens
+    return found
 
 
 def open_sources(

@@ -1,49 +1,38 @@
 """Documents to token shards: ``python -m llama.data.tokenize --input DOCUMENTS --output TOKENS``.
 
 In: a folder of documents per source. Out: per source a train and a valid split of shards with their
-manifests, the same bytes whatever the number of processes and however often it was killed. The data
-of §2.1; a document is encoded as a whole and wrapped in BOS and EOS.
+manifests, the same bytes whatever it ran on and however often it was killed. The data of §2.1; a
+document is encoded as a whole and wrapped in BOS and EOS.
 
-A unit is a group of input files and becomes one shard. Its files appear by rename, then a line in
-the source's journal says so; a rerun redoes what has no such line. The manifests come last.
+A unit is a group of input files and becomes one shard; each source is a stage of the corpus's
+runner. The manifests come last.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
 from llama import cli, files
 from llama.cli import UserError
-from llama.data.units import (
-    JOURNAL,
-    Journal,
-    Unit,
-    duplicates,
-    hold,
-    only_one,
-    plan_hash,
-    plan_units,
-    refuse_other_plan,
-    source_names,
-    wait_for_workers,
-)
+from llama.corpus import executors, runner
+from llama.corpus.executors import Executor
+from llama.corpus.journal import NAME as JOURNAL
+from llama.corpus.journal import Record, only_one, stamp
+from llama.corpus.plan import header
+from llama.corpus.pool import At
+from llama.corpus.runner import Stage, Task
+from llama.data.indexed import SUFFIXES
 from llama.data.writer import (
     SPLITS,
-    TOKENIZER,
     VALID_PER_10K,
     ShardWriter,
     Vocabulary,
@@ -55,67 +44,148 @@ from llama.data.writer import (
 )
 from tokenizer.tokenizer import Tokenizer
 
+# Bytes of a documents file per token, roughly; only the size of a shard follows from it.
+BYTES_PER_TOKEN = {".zst": 1.6, ".gz": 1.6, ".jsonl": 4.5}
 LISTED_PER_UNIT = 1000
 SKIPPED = "skipped.jsonl"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is the same for every unit."""
+class Inputs(NamedTuple):
+    """Files of a unit, with their sizes; documents whose ids have these hashes are left out."""
 
-    documents: str
-    tokens: str
-    model: str
+    files: tuple[tuple[str, int], ...]
+    left_out: frozenset[int] = frozenset()
+
+
+def source_names(documents: Path) -> list[str]:
+    """Folders of the input, each a source that holds documents."""
+    if not documents.is_dir():
+        raise UserError(f"--input {documents} is no folder")
+    folders = (path for path in documents.iterdir() if path.is_dir())
+    names = sorted(path.name for path in folders if not path.name.startswith("."))
+    for name in names:
+        if not files.document_files(documents / name):
+            known = " or ".join(files.DOCUMENT_SUFFIXES)
+            raise UserError(f"{documents / name} holds no {known}")
+    if not names:
+        raise UserError(f"--input {documents} holds no folder of documents per source")
+    return names
+
+
+def plan_units(folder: Path, shard_tokens: int) -> list[Task]:
+    """Input files of a source, sorted, in groups of about ``shard_tokens`` tokens."""
+    groups: list[list[tuple[str, int]]] = []
+    room = 0.0
+    found = {path.relative_to(folder).as_posix(): path for path in files.document_files(folder)}
+    for name, path in sorted(found.items()):
+        if name.startswith("."):
+            continue
+        size = path.stat().st_size
+        guess = size / BYTES_PER_TOKEN[path.suffix]
+        if not groups or guess > room:
+            groups.append([])
+            room = shard_tokens
+        groups[-1].append((name, size))
+        room -= guess
+    return [
+        Task(f"{i:05d}", sum(size for _, size in group), Inputs(tuple(group)))
+        for i, group in enumerate(groups)
+    ]
+
+
+# A worker does many units with one model.
+_load = lru_cache(Tokenizer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The work of a source: its documents, where its shards go, and how they are made."""
+
+    documents: Path
+    tokens: Path
+    model: Path
     vocabulary: Vocabulary
     valid_per_10k: int
     shard_tokens: int
 
     @property
-    def plan(self) -> dict[str, Any]:
-        """The options that the bytes of a shard follow from."""
+    def options(self) -> dict[str, Any]:
+        """What the bytes of a shard follow from, the input apart."""
         return {
             "tokenizer_sha256": self.vocabulary.tokenizer_sha256,
             "valid_per_10k": self.valid_per_10k,
             "shard_tokens": self.shard_tokens,
         }
 
+    def stage(self) -> Stage:
+        units = plan_units(self.documents, self.shard_tokens)
+        inputs = {name: size for unit in units for name, size in unit.what.files}
+        plan = header("tokenize", self.options, inputs)
+        return Stage("tokenize", self.tokens, plan, units, self, more=self.duplicates)
 
-def run_unit(job: Job, tokenizer: Tokenizer, unit: Unit) -> dict[str, Any]:
-    """Make the shards of a unit; returns what the journal records of it."""
-    read, reasons = 0, Counter[str]()
-    listed: list[dict[str, Any]] = []
-    bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], job.vocabulary.dtype)
-    replaced_before = tokenizer.replaced_chars
-    folder = Path(job.tokens) / unit.source
-    with ShardWriter(folder, unit.name, job.vocabulary, job.valid_per_10k) as writer:
-        for name in unit.inputs:
-            path = Path(job.documents) / unit.source / name
-            for number, line in enumerate(files.read_lines(path), 1):
-                read += 1
-                document = parse(line)
-                if isinstance(document, str):
-                    reason = document
-                elif writer.has(document[0]) or id_hash(document[0]) in unit.left_out:
-                    reason = "duplicate id"
-                else:
-                    reason = ""
-                    ids = tokenizer.encode_array(document[1])
-                    tokens = np.concatenate([bos, ids, eos])
-                    writer.add(document[0], tokens, len(document[1].encode()))
-                if reason:
-                    reasons[reason] += 1
-                    if len(listed) < LISTED_PER_UNIT:
-                        listed.append({"file": name, "line": number, "reason": reason})
-        shards = writer.finish()
-    return {
-        "unit": unit.name,
-        "read": read,
-        "skipped": dict(sorted(reasons.items())),
-        "listed": listed,
-        "left_out": sorted(unit.left_out),
-        "replaced_chars": tokenizer.replaced_chars - replaced_before,
-        "shards": shards,
-    }
+    def __call__(self, unit: Task, at: At) -> Record:
+        """Make the shards of a unit; returns what the journal records of it."""
+        read, reasons = 0, Counter[str]()
+        listed: list[dict[str, Any]] = []
+        tokenizer = _load(self.model)
+        bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], self.vocabulary.dtype)
+        replaced_before = tokenizer.replaced_chars
+        with ShardWriter(self.tokens, unit.name, self.vocabulary, self.valid_per_10k) as writer:
+            for name, _ in unit.what.files:
+                for number, line in enumerate(files.read_lines(self.documents / name), 1):
+                    read += 1
+                    document = parse(line)
+                    if isinstance(document, str):
+                        reason = document
+                    elif writer.has(document[0]) or id_hash(document[0]) in unit.what.left_out:
+                        reason = "duplicate id"
+                    else:
+                        reason = ""
+                        ids = tokenizer.encode_array(document[1])
+                        tokens = np.concatenate([bos, ids, eos])
+                        writer.add(document[0], tokens, len(document[1].encode()))
+                    if reason:
+                        reasons[reason] += 1
+                        if len(listed) < LISTED_PER_UNIT:
+                            listed.append({"file": name, "line": number, "reason": reason})
+            shards = writer.finish()
+        made = {
+            f"{split}/{unit.name}{suffix}": shard[key]
+            for split, shard in shards.items()
+            if shard
+            for suffix, key in SUFFIXES.items()
+        }
+        return {
+            "unit": unit.name,
+            "files": {name: stamp(self.tokens / name, digest) for name, digest in made.items()},
+            "read": read,
+            "skipped": dict(sorted(reasons.items())),
+            "listed": listed,
+            "left_out": sorted(unit.what.left_out),
+            "replaced_chars": tokenizer.replaced_chars - replaced_before,
+            "shards": shards,
+        }
+
+    def duplicates(self, records: Mapping[str, Record]) -> list[Task]:
+        """Units that hold an id which an earlier unit holds too, to be made again without it."""
+        units = plan_units(self.documents, self.shard_tokens)
+        hashes, owners = [np.empty(0, "<u8")], [np.empty(0, np.int64)]
+        for i, unit in enumerate(units):
+            for name in records[unit.name]["files"]:
+                if name.endswith(".hash"):
+                    hashes.append(np.fromfile(self.tokens / name, "<u8"))
+                    owners.append(np.full(len(hashes[-1]), i))
+        keys, owner = np.concatenate(hashes), np.concatenate(owners)
+        order = np.lexsort((owner, keys))
+        again = order[1:][keys[order][1:] == keys[order][:-1]]
+        left_out: dict[int, set[int]] = {}
+        for i, key in zip(owner[again].tolist(), keys[again].tolist(), strict=True):
+            left_out.setdefault(i, set(records[units[i].name]["left_out"])).add(key)
+        return [
+            unit._replace(what=unit.what._replace(left_out=frozenset(left_out[i])))
+            for i, unit in enumerate(units)
+            if i in left_out
+        ]
 
 
 def parse(line: bytes) -> tuple[str, str] | str:
@@ -133,10 +203,9 @@ def parse(line: bytes) -> tuple[str, str] | str:
     return document["id"], document["text"]
 
 
-def finish(
-    folder: Path, job: Job, plan: dict[str, Any], records: Sequence[dict[str, Any]], limit: float
-) -> None:
+def finish(source: Source, plan: Record, records: Sequence[Record], limit: float) -> None:
     """Write the manifests, unless too many documents were skipped."""
+    folder = source.tokens
     read = sum(record["read"] for record in records)
     reasons = Counter[str]()
     for record in records:
@@ -166,83 +235,30 @@ def finish(
     for split in ("valid", "train"):
         shards = [r["shards"][split] for r in records if r["shards"][split] is not None]
         (folder / split).mkdir(exist_ok=True)
-        write_manifest(folder, split, job.vocabulary, shards, extra)
+        write_manifest(folder, split, source.vocabulary, shards, extra)
     (folder / JOURNAL).unlink()
 
 
-_worker: tuple[Tokenizer, int]
+def tokenize(sources: Sequence[Source], executor: Executor, limit: float) -> None:
+    """Make every source that is not finished yet."""
+    stages = []
+    for source in sources:
+        stage, manifest = source.stage(), source.tokens / "train" / "manifest.json"
+        plan = source.options | {"inputs": stage.header["plan"]}
+        if manifest.exists() and not (source.tokens / JOURNAL).exists():
+            _refuse_other_plan(source.tokens, files.read_json(manifest).get("plan", {}), plan)
+        else:
+            stages.append((source, plan, stage))
+    found = runner.run([stage for _, _, stage in stages], executor) if stages else []
+    for (source, plan, _), records in zip(stages, found, strict=True):
+        finish(source, plan, records, limit)
 
 
-def _start_worker(model: Path, parent: int) -> None:
-    """Load the tokenizer once per process, and leave when the parent is gone."""
-    global _worker
-    _worker = Tokenizer(model), hold(model)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _in_worker(job: Job, unit: Unit) -> dict[str, Any]:
-    return run_unit(job, _worker[0], unit)
-
-
-def work(job: Job, units: Sequence[Unit], workers: int) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    """Units with their records, as they are finished."""
-    workers = min(workers, len(units))
-    if workers <= 1:
-        tokenizer = Tokenizer(job.model)
-        yield from ((unit, run_unit(job, tokenizer, unit)) for unit in units)
-        return
-    start = Path(job.tokens) / TOKENIZER, os.getpid()
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
-        waiting = {pool.submit(_in_worker, job, unit): unit for unit in units}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process was killed (out of memory?): the same command goes on from here,"
-                " with fewer --workers if need be"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def tokenize(job: Job, workers: int, limit: float) -> None:
-    """Make every source of the input that is not finished yet."""
-    tokens, documents = Path(job.tokens), Path(job.documents)
-    wait_for_workers(tokens / TOKENIZER)
-    for part in tokens.rglob("*.part-*"):
-        part.unlink()
-    place_tokenizer(Path(job.model), tokens)
-    plans: dict[str, tuple[list[Unit], dict[str, Any], Journal]] = {}
-    for name in source_names(documents):
-        units = plan_units(documents / name, job.shard_tokens)
-        plan = job.plan | {"inputs": plan_hash(units)}
-        manifest = tokens / name / "train" / "manifest.json"
-        if manifest.exists() and not (tokens / name / JOURNAL).exists():
-            refuse_other_plan(tokens / name, files.read_json(manifest).get("plan", {}), plan)
-            continue
-        (tokens / name).mkdir(exist_ok=True)
-        journal = Journal(tokens / name, plan, job.vocabulary.dtype.itemsize)
-        plans[name] = units, plan, journal
-    todo = [u for units, _, journal in plans.values() for u in units if u.name not in journal.done]
-    while plans:
-        with cli.Progress("tokenize", sum(u.input_bytes for u in todo), "bytes") as progress:
-            for unit, record in work(job, todo, workers):
-                plans[unit.source][2].add(record)
-                progress.update(unit.input_bytes, unit.source)
-        todo = []
-        for name, (units, _, journal) in plans.items():
-            todo += duplicates(tokens / name, units, journal.done)
-        if not todo:
-            break
-    for name, (units, plan, journal) in plans.items():
-        finish(tokens / name, job, plan, [journal.done[u.name] for u in units], limit)
+def _refuse_other_plan(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if old.get(key) != value:
+            what = "other input files" if key == "inputs" else f"{key} {old.get(key)}, not {value}"
+            raise UserError(f"{folder} was begun with {what}: remove it or choose another --output")
 
 
 def summary(tokens: Path, names: Sequence[str]) -> str:
@@ -267,35 +283,30 @@ def main(argv: list[str]) -> None:
     p.add_argument("--input", type=str, required=True, help="folder of documents, one per source")
     p.add_argument("--tokenizer", type=str, required=True, help="folder of tokenizer.model")
     p.add_argument("--output", type=str, required=True, help="folder of token shards to make")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    executors.add_arguments(p)
     p.add_argument("--valid_per_10k", type=int, default=VALID_PER_10K, help="held-out documents")
     p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
     p.add_argument("--skip_limit", type=float, default=0.01, help="share of bad documents allowed")
     args = p.parse_args(argv)
     check_options(args.valid_per_10k, args.shard_tokens)
-    if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}, expected 1 or more")
+    executor = executors.from_arguments(args)
     if not 0 <= args.skip_limit <= 1:
         raise UserError(f"--skip_limit is {args.skip_limit}, expected a share from 0 to 1")
     names = source_names(Path(args.input))
     model, _, vocabulary = open_tokenizer(args.tokenizer)
-    job = Job(
-        args.input,
-        args.output,
-        str(model),
-        vocabulary,
-        args.valid_per_10k,
-        cli.count(args.shard_tokens),
-    )
+    shared = model, vocabulary, args.valid_per_10k, cli.count(args.shard_tokens)
+    tokens = Path(args.output)
+    sources = [Source(Path(args.input, name), tokens / name, *shared) for name in names]
     try:
-        with only_one(Path(args.output)):
-            tokenize(job, args.workers, args.skip_limit)
+        with only_one(tokens):
+            place_tokenizer(model, tokens)
+            tokenize(sources, executor, args.skip_limit)
     except OSError as error:
-        where = error.filename or args.output
+        where = error.filename or tokens
         raise UserError(
             f"{where}: {error.strerror}; mend that and the same command goes on from here"
         ) from error
-    print(summary(Path(args.output), names))
+    print(summary(tokens, names))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ refuses another model, tokenizer or data: training on by accident is worse than 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from llama import config, optim
 from llama.cli import UserError, show_seconds
-from llama.config import Config
+from llama.config import Config, ModelConfig
 from llama.data import order, schedule, shards
 from llama.runtime import checkpoint
 from llama.runtime.world import World
@@ -133,7 +133,9 @@ def resume(state: State) -> bool:
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:
     """Refuse what this checkpoint cannot be trained on with; returns the sources that changed."""
     old, new, accept = saved["fingerprints"], state.fingerprints(), state.cfg.checkpoint
-    if lines := config.differences(old["model"], new["model"], "model."):
+    # a key that is newer than the checkpoint has there the value that changes nothing
+    model = asdict(ModelConfig()) | old["model"]
+    if lines := config.differences(model, new["model"], "model."):
         raise UserError(f"{found} is of another model ({'; '.join(lines)}): use --name other")
     if old["tokenizer"] != new["tokenizer"]:
         raise UserError(

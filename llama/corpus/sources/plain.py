@@ -25,7 +25,7 @@ from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
 from llama.corpus.plan import Piece, Plan, find, group
-from llama.corpus.sources import posts
+from llama.corpus.sources import stackexchange
 from llama.corpus.steps import text
 
 _CODE = """ada asm awk bash bat c cc clj cljs cmake coffee cpp cs css cu cxx d dart el elm erl ex
@@ -141,16 +141,20 @@ def _lines(options: Options, piece: Piece) -> Iterator[tuple[str, bytes | Droppe
 
 
 def _posts(options: Options, piece: Piece) -> Iterator[Item]:
+    """A document per post; the recipe stackexchange joins questions with their answers."""
     for id, line in _lines(options, piece):
         if isinstance(line, Dropped):
             yield line
-        elif b"<row " in line:
-            try:
-                content, _ = raw.decode(line, "utf-8")
-            except ValueError as error:
-                yield Dropped(id, "encoding", len(line), str(error))
+            continue
+        rows = stackexchange.Rows(id, options.max_document_bytes)
+        for i, row in enumerate([*rows.feed(line), *rows.end()]):
+            place = f"{id}.{i}" if i else id
+            if isinstance(row, Dropped):
+                yield row._replace(id=place)
             else:
-                yield from posts.rows(content, id, options.source)
+                meta = {key: row[key] for key in ("Id", "PostTypeId") if key in row}
+                body = stackexchange.strip_tags(row.get("Body", "")).strip()
+                yield Document(place, body, options.source, meta)
 
 
 def _json_lines(options: Options, piece: Piece) -> Iterator[Item]:

@@ -1,0 +1,59 @@
+"""`python -m llama.corpus dedup`: a global step over documents of one or more sources (paper §2.1).
+
+In: folders of documents. Out: folders of the same names below --output. Of documents that are the
+same, the one in the first folder stays.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llama import cli
+from llama.cli import UserError
+from llama.corpus import executors, shuffle
+
+# Name of a step -> its class, a dataclass of its options.
+STEPS = {
+    "containment": "llama.corpus.steps.containment.Containment",
+    "exact": "llama.corpus.steps.exact.Exact",
+}
+
+
+def step_class(name: str) -> Any:
+    """The class of a global step."""
+    if name not in STEPS:
+        raise UserError(f"step is {name!r}, expected one of {', '.join(STEPS)}")
+    module, _, member = STEPS[name].rpartition(".")
+    return getattr(import_module(module), member)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one step."""
+    place = list(argv).index("--step") + 1 if "--step" in argv else 0
+    name = argv[place] if 0 < place < len(argv) else "exact"
+    step = step_class(name)
+    p = cli.parser("python -m llama.corpus dedup", f"{step.__doc__}")
+    p.add_argument("--step", default=name, help="One of " + ", ".join(STEPS) + ".")
+    p.add_argument("--input", nargs="+", required=True, help="Folders of documents, best first.")
+    p.add_argument("--output", required=True, help="Folder in which each gets its own.")
+    p.add_argument("--partitions", type=int, default=0, help="0: by the size of the input.")
+    executors.add_arguments(p)
+    p.add_class_arguments(step)
+    values = p.parse_args(list(argv))
+    executor = executors.from_arguments(values)
+    if values.partitions < 0:
+        raise UserError(f"--partitions is {values.partitions}, expected 0 or more")
+    inputs = [Path(path).resolve() for path in values.input]
+    outputs = [Path(values.output) / path.name for path in inputs]
+    for path in inputs:
+        if not path.is_dir():
+            raise UserError(f"--input {path} is no folder")
+        if path in [output.resolve() for output in outputs]:
+            raise UserError(f"--output {values.output} would write over --input {path}")
+    if len(set(outputs)) < len(outputs):
+        raise UserError(f"--input holds two folders of one name among {', '.join(values.input)}")
+    chosen = step(**{key: values[key] for key in step.__dataclass_fields__})
+    found = shuffle.run(chosen, inputs, outputs, executor, partitions=values.partitions)
+    for output, summary in zip(outputs, found, strict=True):
+        print(f"{output}\n{summary.table()}")

@@ -1,0 +1,125 @@
+"""`python -m llama.corpus run`: raw text in, document shards out, by a recipe (paper §2.1).
+
+A recipe is a module of `sources` with `Options` (what its YAML may say), `plan(options, inputs)`
+and `steps(options)`, in which global steps may be among the others. `plan` says what is missing on
+this machine, and must not need what other recipes make; `steps` is called when its turn has come.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from llama import cli
+from llama.cli import UserError
+from llama.corpus import engine, executors, shuffle
+from llama.corpus.executors import Executor
+from llama.corpus.plan import Plan
+
+# To add one, add its name: the module is imported when it runs.
+RECIPES = "arxiv books c4 commoncrawl github installed plain stackexchange wikipedia".split()
+
+
+@dataclass
+class Prepared:
+    """A recipe that is ready to run: its files are found and its needs are met."""
+
+    recipe: ModuleType
+    options: Any
+    plan: Plan
+    output: Path
+    max_quarantined: float
+    executor: Executor
+
+    def run(self) -> engine.Summary:
+        """Make the documents; prints the table of counts."""
+        steps = self.recipe.steps(self.options)
+        summary = shuffle.pipeline(
+            self.plan, steps, self.output, self.executor, self.max_quarantined
+        )
+        print(summary.table())
+        if not summary.total["documents"]["out"]:
+            before = summary.total["documents"]["in"]
+            raise UserError(f"{self.output}: no document is left of {before:,}, see above")
+        print(f"documents in {self.output}, counts in {self.output / engine.STATS}")
+        return summary
+
+
+def main(argv: list[str]) -> None:
+    """Run the recipe that the configuration names."""
+    prepare(argv).run()
+
+
+def prepare(argv: Sequence[str]) -> Prepared:
+    """Read a command line and lay out the input."""
+    name = _recipe(argv)
+    recipe = _load(name)
+    p = cli.parser("python -m llama.corpus run", f"Recipe {name}: raw text to documents.")
+    p.add_argument("--config", action="config", help="YAML file of the recipe.")
+    p.add_argument("--recipe", default=name, help="Its name.")
+    p.add_argument("--input", nargs="+", default=[], help="Files, or folders that are searched.")
+    p.add_argument("--output", required=True, help="Folder of the documents.")
+    p.add_argument(
+        "--max_quarantined",
+        type=float,
+        default=0.01,
+        help="Share of documents that may be unusable before the run is refused.",
+    )
+    executors.add_arguments(p)
+    p.add_class_arguments(recipe.Options)
+    values = p.parse_args(argv)
+    output = Path(values.output)
+    inputs = [Path(path) for path in values.input]
+    for path in inputs:
+        if output.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--output {output} lies inside --input {path}, and would be read")
+    keys = recipe.Options.__dataclass_fields__
+    options = recipe.Options(**{key: values[key] for key in keys})
+    options.source = options.source or output.resolve().name
+    if not re.fullmatch(r"\w[\w.+-]*", options.source):
+        raise UserError(
+            f"source is {options.source!r}, expected letters, digits, '.', '_', '+' and '-' only"
+        )
+    if not 0 <= values.max_quarantined <= 1:
+        raise UserError(f"max_quarantined is {values.max_quarantined}, expected 0 to 1")
+    executor = executors.from_arguments(values)
+    plan = recipe.plan(options, inputs)
+    if not plan.units:
+        found = engine.left_out_by_reason(plan.left_out)
+        why = ", ".join(f"{reason} {entry['files']}" for reason, entry in found.items())
+        raise UserError(f"nothing to read in {', '.join(map(str, inputs))} ({why or 'empty'})")
+    return Prepared(recipe, options, plan, output, values.max_quarantined, executor)
+
+
+def _load(name: str) -> ModuleType:
+    try:
+        return import_module(f"llama.corpus.sources.{name}")
+    except ImportError as error:
+        hint = "pip install 'llama-pretraining[corpus]'"
+        raise UserError(f"recipe {name} needs {error.name}: {hint}") from error
+
+
+def _recipe(argv: Sequence[str]) -> str:
+    """The recipe that the last --config or --recipe names: its options are needed for parsing."""
+    name = None
+    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+        option, equals, inline = option.partition("=")
+        value = inline if equals else value
+        if option == "--recipe":
+            name = value
+        elif option == "--config":
+            try:
+                loaded = yaml.safe_load(Path(value).read_text())
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"--config {value} cannot be read: {reason}") from error
+            name = (loaded if isinstance(loaded, dict) else {}).get("recipe", name)
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
+        raise UserError(f"recipe is {name!r}: --config names a YAML with recipe: one of {known}")
+    return name

@@ -1,0 +1,163 @@
+"""Recipe `books`: Project Gutenberg's texts and other plain books, a document each (paper §2.1).
+
+In: .txt and .md files, bare, .gz, .zst or inside a .zip. Out: the book without what Project
+Gutenberg puts before and after it, in `meta` what its header says of title, author and language.
+Books of one's own have no such header and stay whole. A book nearly all of which stands in
+another one goes, see steps/containment.py.
+
+Drop reasons: `empty`, `short`, `contained`, and those of `plain` for files and members.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llama.cli import UserError
+from llama.config import Count
+from llama.corpus.document import Document, Item, Noted
+from llama.corpus.plan import Piece, Plan, find, group
+from llama.corpus.sources import plain
+from llama.corpus.steps import text
+from llama.corpus.steps.containment import Containment
+
+# Headers were at most 400 lines when the small print came first; footers are as long.
+_MARGIN_LINES = 600
+_GUTENBERG = re.compile(
+    r"pro[jy]e[ck]t[os]?\s+gutenberg|gutenberg[- ]projekt|projekti gutenberg", re.I
+)
+# The last line of a header, from 1991 on, and the first of a footer in the languages seen.
+_HEADER_ENDS = re.compile(
+    r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END[* ]+(?:OF )?(?:THE )?SMALL PRINT"
+    r"|^\W*START OF (?:THE )?(?:E-?TEXT|E-?BOOK)",
+    re.IGNORECASE,
+)
+_FOOTER_BEGINS = re.compile(
+    r"^\W*(?:END|ENDE|FIN|FINE|FIM|EINDE|SLUT|SLUTT|LOPPU|KONIEC|KONEC|VÉGE)\b.{0,60}"
+    r"(?:PROJE[CK]T|PROYECTO|PROGETTO|PROJETO)\W+GUTENBERG|^\W*START:? FULL LICENSE"
+    r"|^\W*START\W+THE SMALL PRINT|^\W*THIS FILE SHOULD BE NAMED .*\.(?:TXT|ZIP)"
+    r"|^\W*(?:END|ENDE|FIN) OF (?:THIS )?(?:PROJECT )?GUTENBERG",
+    re.IGNORECASE,
+)
+_CREDITS = re.compile(
+    r"\W*(?:produced by|e-?text prepared by|prepared by|transcribed (?:from|by)|scanned (?:and|by)"
+    r"|this e-?(?:text|book) was|html version by|note: project gutenberg|updated editions? will"
+    r"|distributed proof|proofreading team|online distributed|character set encoding)",
+    re.IGNORECASE,
+)
+_FIELD = re.compile(
+    r"^(title|author|language|titel|autor|sprache|titre|auteur|langue):\s*(.+)$", re.I
+)
+_NAMES = {"titel": "title", "titre": "title", "autor": "author", "auteur": "author"}
+_NAMES |= {"sprache": "language", "langue": "language"}
+
+
+@dataclass
+class Options:
+    """What a run of the recipe may choose.
+
+    Args:
+        source: Name of the source in every document; empty for the name of the output folder.
+        encoding: Of files without a byte order mark: auto, or a codec such as latin-1.
+        min_chars: Shorter books are dropped.
+        overlap: A book goes when this share of it is in a longer one; 0 keeps all.
+        max_document_bytes: Longer ones too.
+        unit_bytes: Input that becomes one output shard.
+    """
+
+    source: str = ""
+    encoding: str = "auto"
+    min_chars: int = 1000
+    overlap: float = 0.9
+    max_document_bytes: Count = Count(256_000_000)
+    unit_bytes: Count = Count(64_000_000)
+
+
+def plan(options: Options, inputs: Sequence[Path]) -> Plan:
+    """Lay out the books below `inputs`."""
+    if not inputs:
+        raise UserError("recipe books reads the books below --input, which is not given")
+    if not 0 <= options.overlap <= 1:
+        raise UserError(f"overlap is {options.overlap}, expected a share from 0 to 1")
+    pieces, left_out = find(inputs, _format_of)
+    units = group(pieces, options.unit_bytes)
+    return Plan("books", asdict(options), partial(read, options), units, tuple(left_out))
+
+
+def steps(options: Options) -> list[Any]:
+    """Line ends, Gutenberg's frame, the least length, then copies across all books."""
+    chosen = [text.unix_line_ends, frame, partial(text.at_least, min_chars=options.min_chars)]
+    return [*chosen, *([Containment(options.overlap)] if options.overlap else [])]
+
+
+def _format_of(name: str) -> str | None:
+    format = plain.format_of(name)
+    return format if format and format.partition(".")[0] in ("txt", "md", "zip") else None
+
+
+def read(options: Options, piece: Piece) -> Iterator[Item]:
+    """Books of one file."""
+    like_plain = plain.Options(
+        source=options.source,
+        encoding=options.encoding,
+        max_document_bytes=options.max_document_bytes,
+    )
+    return plain.read(like_plain, piece)
+
+
+def frame(documents: Iterator[Document]) -> Iterator[Item]:
+    """Books without Project Gutenberg's header and footer, what the header says in their meta."""
+    for document in documents:
+        book, meta, problem = unframed(document.text)
+        if problem:
+            yield Noted(problem)
+        yield document._replace(text=book, meta=document.meta | meta)
+
+
+def unframed(content: str) -> tuple[str, dict[str, str], str]:
+    """(the book, what its header says, what was odd about the frame or nothing)."""
+    lines = content.split("\n")
+    head, tail = lines[:_MARGIN_LINES], max(0, len(lines) - _MARGIN_LINES)
+    begins = [i for i, line in enumerate(head) if _HEADER_ENDS.match(line)]
+    begin = _after(lines, begins[-1]) if begins else 0
+    # the small print may stand at the end as well: then its last line is no header's
+    while begins and _mostly_footer(lines, begin):
+        begins.pop()
+        begin = _after(lines, begins[-1]) if begins else 0
+    ends = [i for i in range(max(begin, tail), len(lines)) if _FOOTER_BEGINS.match(lines[i])]
+    end = ends[0] if ends else len(lines)
+    problem = ""
+    if not begins and any(_GUTENBERG.search(line) for line in head[:60]):
+        problem = "header without an end"
+    elif begins and not ends:
+        problem = "header without a footer"
+    found = (_FIELD.match(line.strip()) for line in lines[:begin])
+    fields = [(m[1].lower(), m[2].strip()) for m in found if m]
+    meta = {_NAMES.get(name, name): value for name, value in reversed(fields)}
+    return _without_credits("\n".join(lines[begin:end]).strip()), meta, problem
+
+
+def _after(lines: list[str], marker: int) -> int:
+    """The line behind a marker, which a long title may break into several."""
+    last = marker
+    if "*" not in lines[marker].rstrip()[-4:]:
+        closing = [
+            i for i in range(marker + 1, marker + 4) if lines[i : i + 1] and "***" in lines[i]
+        ]
+        last = closing[0] if closing else marker
+    return last + 1
+
+
+def _mostly_footer(lines: list[str], begin: int) -> bool:
+    """Whether hardly anything is left behind the supposed header."""
+    return sum(map(len, lines[begin:])) < 0.02 * sum(map(len, lines[:begin]))
+
+
+def _without_credits(book: str) -> str:
+    """Who typed and scanned it, at the beginning: paragraphs of the volunteers, not of the book."""
+    while _CREDITS.match(book):
+        _, blank, book = book.partition("\n\n")
+        book = book.lstrip("\n")
+    return book

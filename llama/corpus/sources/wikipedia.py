@@ -1,0 +1,242 @@
+"""Recipe `wikipedia`: articles of MediaWiki's XML dumps as plain text (paper §2.1).
+
+In: pages-articles .xml [.bz2 | .gz | .zst] of the `languages`. Out: a document per article, its
+title and its text, in `meta` its title, language, address and the external addresses it refers to
+(the positives of the reference classifier). Multistream dumps are cut into units, other files are
+a unit each.
+
+Drop reasons: `redirect`, `namespace` (talk, templates, ...), `empty`, `short`. Quarantined: `xml`
+(a page cut off), `damaged` (the rest of a stream).
+"""
+
+import bz2
+import html
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+from llama.cli import UserError
+from llama.config import Count
+from llama.corpus import raw
+from llama.corpus.document import Document, Dropped, Item, Noted, Step
+from llama.corpus.plan import LeftOut, Piece, Plan, find, group
+from llama.corpus.steps import text, wikitext
+
+LANGUAGES = "bg ca cs da de en es fr hr hu it nl pl pt ro ru sl sr sv uk".split()
+_NAME = re.compile(r"\.xml(-p\d+p\d+[\w-]*)?(\.bz2|\.gz|\.zst)?$")
+_STREAM = re.compile(rb"BZh[1-9]1AY&SY")
+_MAX_PAGE_BYTES = 64_000_000
+_FILE_SPACE, _CATEGORY_SPACE = "6", "14"
+
+
+@dataclass
+class Options:
+    """What a run of the recipe may choose.
+
+    Args:
+        source: Name of the source in every document; empty for the name of the output folder.
+        languages: Of which Wikipedias; dumps of others are left out.
+        references: Keep the external addresses of an article in its meta.
+        min_chars: Shorter articles are dropped.
+        unit_bytes: Bytes of a multistream dump that become one output shard.
+    """
+
+    source: str = ""
+    languages: list[str] = field(default_factory=lambda: list(LANGUAGES))
+    references: bool = True
+    min_chars: int = 200
+    unit_bytes: Count = Count(256_000_000)
+
+
+class Site(NamedTuple):
+    """What the head of a dump says of its wiki."""
+
+    language: str
+    files: frozenset[str]
+    categories: frozenset[str]
+
+
+def plan(options: Options, inputs: Sequence[Path]) -> Plan:
+    """Dumps of the languages, each read as far as its head."""
+    if not inputs:
+        raise UserError("recipe wikipedia reads the dumps below --input, which is not given")
+    if not options.languages:
+        raise UserError("languages is empty, expected codes such as en")
+    pieces, left_out = find(inputs, _format_of)
+    kept = []
+    for piece in pieces:
+        language = _site(piece.path, piece.name).language
+        if language in options.languages:
+            kept += _cut(piece, options.unit_bytes)
+        else:
+            left_out.append(LeftOut(piece.name, f"language {language or 'unknown'}", piece.size))
+    units = group(kept, options.unit_bytes)
+    return Plan("wikipedia", asdict(options), partial(read, options), units, tuple(left_out))
+
+
+def steps(options: Options) -> list[Step]:
+    """Wikitext becomes text while reading; then the least length."""
+    return [partial(text.at_least, min_chars=options.min_chars)]
+
+
+def _format_of(name: str) -> str | None:
+    if match := _NAME.search(name):
+        return "xml" + (match[2] or "")
+    return None
+
+
+def _cut(piece: Piece, unit_bytes: int) -> list[Piece]:
+    """A multistream dump in pieces; whole pages lie in every stream of it."""
+    if "multistream" not in piece.name or piece.format != "xml.bz2":
+        return [piece]
+    starts = range(0, piece.size, unit_bytes)
+    return [
+        piece._replace(begin=start, size=min(unit_bytes, piece.size - start)) for start in starts
+    ]
+
+
+def _chunks(path: str, format: str, begin: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """Bytes of a dump; of .bz2 the streams that begin within the range."""
+    if format != "xml.bz2":
+        yield from raw.chunks(path)
+        return
+    with open(path, "rb") as file:
+        file.seek(begin)
+        data, at, end = b"", begin, None if size is None else begin + size
+        while True:
+            # the next stream's first bytes
+            while not (match := _STREAM.search(data)):
+                more = file.read(raw.CHUNK_BYTES)
+                if not more:
+                    return
+                at, data = at + max(0, len(data) - 9), data[-9:] + more
+            at, data = at + match.start(), data[match.start() :]
+            if end is not None and at >= end:
+                return
+            stream = bz2.BZ2Decompressor()
+            while not stream.eof:
+                if chunk := stream.decompress(data, raw.CHUNK_BYTES):
+                    yield chunk
+                    data = b""
+                    continue
+                if stream.needs_input:
+                    data = file.read(raw.CHUNK_BYTES)
+                    if not data:
+                        raise EOFError(f"the last stream is cut off at byte {file.tell()}")
+            data = stream.unused_data
+            at = file.tell() - len(data)
+
+
+@lru_cache
+def _site(path: str, name: str) -> Site:
+    """From the file's name, as in dewiki-latest-pages-articles.xml.bz2, and the dump's head."""
+    head = b""
+    try:
+        for chunk in _chunks(path, _format_of(name) or "xml"):
+            head += chunk
+            if b"</siteinfo>" in head or len(head) > 1 << 20:
+                break
+    except (OSError, EOFError, ValueError):
+        # told when the pages are read
+        pass
+    content = head.partition(b"</siteinfo>")[0].decode("utf-8", "replace")
+    spaces = dict(re.findall(r'<namespace key="(-?\d+)"[^>]*>([^<]*)<', content))
+    # an export of another wiki's pages may carry the head of the one that made it
+    named = re.match(r"([a-z_]+?)wiki\b", Path(path).name)
+    wiki = named or re.search(r"<dbname>(\w+?)wiki<", content)
+    return Site(
+        wiki[1].replace("_", "-") if wiki else "",
+        frozenset([spaces.get(_FILE_SPACE, "file").lower()]),
+        frozenset([spaces.get(_CATEGORY_SPACE, "category").lower()]),
+    )
+
+
+def read(options: Options, piece: Piece) -> Iterator[Item]:
+    """Articles of one dump, or of a piece of it."""
+    site = _site(piece.path, piece.name)
+    chunks = _chunks(piece.path, piece.format, piece.begin, piece.size)
+    for page in pages(chunks):
+        if isinstance(page, str):
+            yield from _article(page, site, options, piece.name)
+        else:
+            yield page._replace(id=f"{piece.name}:{piece.begin}:{page.id}")
+
+
+def pages(chunks: Iterator[bytes]) -> Iterator[str | Dropped]:
+    """The XML within each <page>; no parser, so that a damaged page costs itself alone."""
+    data, number = b"", 0
+    error: Exception | None = None
+    while True:
+        try:
+            chunk = next(chunks, b"")
+        except (OSError, EOFError, ValueError) as problem:
+            # what came before the damage is kept
+            error, chunk = problem, b""
+        data += chunk
+        begin = 0
+        while (start := data.find(b"<page>", begin)) >= 0:
+            end = data.find(b"</page>", start)
+            again = data.find(b"<page>", start + 6, end if end >= 0 else len(data))
+            if again >= 0:
+                number += 1
+                yield Dropped(str(number), "xml", again - start, "a page without an end")
+                begin = again
+            elif end < 0:
+                begin = start
+                break
+            else:
+                number += 1
+                yield data[start:end].decode("utf-8", "replace")
+                begin = end
+        data = data[begin:]
+        if not chunk or len(data) > _MAX_PAGE_BYTES:
+            if b"<page>" in data:
+                number += 1
+                yield Dropped(str(number), "xml", len(data), "a page without an end")
+            data = b""
+        if not chunk:
+            if error:
+                yield Dropped("end", "damaged", 0, f"not read to its end: {error}")
+            return
+
+
+def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Item]:
+    """One page as a document, or why it is none."""
+    head, _, rest = page.partition("<text")
+    values = dict(re.findall(r"<(title|ns|id)>([^<]*)</", head.partition("<revision>")[0]))
+    id, title = values.get("id", ""), html.unescape(values.get("title", ""))
+    size = len(page)
+    place = f"{site.language}wiki:{id}"
+    if not id or not title:
+        yield Dropped(f"{name}:{title or id}", "xml", size, "a page without title or id")
+    elif "ns" in values and values["ns"] != "0" or _elsewhere(values, title, site):
+        yield Dropped(place, "namespace", size)
+    elif "<redirect" in head:
+        yield Dropped(place, "redirect", size)
+    else:
+        source = html.unescape(rest.partition(">")[2].rpartition("</text>")[0])
+        if re.match(r"\s*#[^\W\d]+\s*:?\s*\[\[", source):
+            yield Dropped(place, "redirect", size)
+            return
+        if "\ufffd" in source:
+            yield Noted("bytes that are not UTF-8")
+        body = wikitext.plain_text(source, site.files, site.categories)
+        meta = {
+            "title": title,
+            "language": site.language,
+            "url": f"https://{site.language}.wikipedia.org/wiki/{title.replace(' ', '_')}",
+        }
+        if options.references:
+            meta["references"] = wikitext.references(source)
+        content = f"{title}\n\n{body}" if body else ""
+        yield Document(place, content, options.source, meta)
+
+
+def _elsewhere(values: dict[str, str], title: str, site: Site) -> bool:
+    """Dumps before 2010 have no <ns>: a prefix of the title tells files and categories."""
+    prefix, colon, _ = title.partition(":")
+    known = site.files | site.categories | {"template", "wikipedia", "help", "portal", "mediawiki"}
+    return "ns" not in values and bool(colon) and prefix.lower() in known

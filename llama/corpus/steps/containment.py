@@ -1,0 +1,125 @@
+"""Global step `containment`: a book nearly all of which stands in another one goes (paper §2.1).
+
+The paper removes books with more than 90 % content overlap. Here overlap is containment: the share
+of a book's shingles, five words in a row without case and punctuation, that another book has too.
+So editions, abridgements and the parts of an anthology are found, and of two books the longer one
+stays; a translation or a book that shares 60 % does not go. One shingle in 32 is compared, always
+the same ones. Drop reason: `contained`.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llama.corpus.document import Document, Item
+
+WORDS, ONE_IN = 5, 32
+# A shingle of more books than this is a phrase, a licence or a form: it says nothing of two books.
+MAX_BOOKS = 64
+# Fewer shingles than these, of some 1,600 words, are too few to measure 90 % with.
+MIN_SHINGLES = 50
+_WORD = re.compile(r"[^\W_]+")
+_PRIME = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Containment:
+    """Books of which the share `overlap` is in a longer one go.
+
+    Args:
+        overlap: Least share of a book's shingles that makes it a copy.
+    """
+
+    overlap: float = 0.9
+
+    name = "containment"
+    records = np.dtype([("key", "<u8"), ("unit", "<u4"), ("document", "<u4")])
+    decisions = np.dtype([("unit", "<u4"), ("document", "<u4")])
+    finds = np.dtype([("first", "<u8"), ("second", "<u8"), ("shared", "<u4")])
+
+    def map(self, unit: int, documents: Iterator[Document]) -> tuple[NDArray, NDArray]:
+        """The chosen shingles of every book."""
+        found = []
+        for number, document in enumerate(documents):
+            keys = shingles(document.text)
+            rows = np.zeros(len(keys), self.records)
+            rows["key"], rows["document"] = keys, number
+            found.append(rows)
+        return np.concatenate([np.zeros(0, self.records), *found]), np.zeros(0, self.decisions)
+
+    def reduce(self, records: NDArray) -> NDArray:
+        """How many shingles each book has here, and each two books have in common."""
+        books = records["unit"].astype("<u8") << np.uint64(32) | records["document"]
+        starts = np.flatnonzero(np.r_[True, records["key"][1:] != records["key"][:-1]])
+        sizes = np.diff(np.r_[starts, len(records)]) if len(records) else np.zeros(0, int)
+        pairs = [np.stack((books, books), 1)]
+        for distance in range(1, MAX_BOOKS):
+            # the books that share a shingle lie side by side
+            near = np.repeat((sizes > distance) & (sizes <= MAX_BOOKS), sizes)[: len(books)]
+            if not near.any():
+                break
+            first = np.flatnonzero(near[:-distance])
+            same = records["key"][first] == records["key"][first + distance]
+            first = first[same]
+            pairs.append(np.stack((books[first], books[first + distance]), 1))
+        found, counts = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
+        rows = np.zeros(len(found), self.finds)
+        rows["first"], rows["second"], rows["shared"] = found[:, 0], found[:, 1], counts
+        return rows
+
+    def resolve(self, finds: NDArray) -> NDArray:
+        """Longest first: a book goes when enough of it is in one that stays."""
+        shared: dict[tuple[int, int], int] = {}
+        for first, second, n in finds.tolist():
+            shared[first, second] = shared.get((first, second), 0) + n
+        size = {a: n for (a, b), n in shared.items() if a == b}
+        others: dict[int, list[tuple[int, int]]] = {}
+        for (a, b), n in shared.items():
+            if a != b:
+                others.setdefault(a, []).append((b, n))
+                others.setdefault(b, []).append((a, n))
+        gone: set[int] = set()
+        for book in sorted(size, key=lambda book: (size[book], -book)):
+            least = max(self.overlap * size[book], MIN_SHINGLES)
+            longer = (
+                other
+                for other, n in others.get(book, ())
+                if n >= least and other not in gone and (size[other], -other) > (size[book], -book)
+            )
+            if next(longer, None) is not None:
+                gone.add(book)
+        found = np.array(sorted(gone), "<u8")
+        decisions = np.zeros(len(found), self.decisions)
+        decisions["unit"], decisions["document"] = found >> np.uint64(32), found & 0xFFFFFFFF
+        return decisions
+
+    def apply(self, document: Document, decisions: NDArray) -> Item:
+        return document.dropped("contained")
+
+
+def shingles(text: str) -> NDArray:
+    """Hashes (n,) uint64 of the chosen shingles of a text, each once."""
+    words = _WORD.findall(text.lower())
+    known: dict[str, int] = {}
+    numbers = [known.setdefault(word, len(known)) for word in words]
+    if len(numbers) < WORDS:
+        return np.zeros(0, "<u8")
+    # one hash a different word, spread to the places by numpy
+    hashes = np.array([_hash(word) for word in known], "<u8")[np.array(numbers)]
+    n = len(hashes) - WORDS + 1
+    rolled = np.zeros(n, "<u8")
+    for i in range(WORDS):
+        rolled = (rolled ^ hashes[i : i + n]) * _PRIME
+        rolled ^= rolled >> np.uint64(29)
+    return np.unique(rolled[rolled % np.uint64(ONE_IN) == 0])
+
+
+def _hash(word: str) -> int:
+    """Of the word alone, so that every machine and run chooses the same shingles."""
+    return int.from_bytes(
+        blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little"
+    )

@@ -1,0 +1,148 @@
+"""All sources with one command: in order, checked before it starts, the same after any kill."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+from llama.cli import UserError
+from llama.corpus import graph
+from llama.data.tokenize import source_names
+from llama.files import read_documents, read_json
+
+ROOT = Path(__file__).parent.parent
+YAML = "recipe: plain\nunit_bytes: 20k\n"
+
+
+@pytest.fixture
+def raw(tmp_path, rng):
+    """Three sources, read by the recipe `plain`, with texts that are in more than one."""
+    texts = [" ".join(rng.choices("abcdefgh", k=rng.randrange(3, 60))) for _ in range(900)]
+    for name in ("c4", "books", "wikipedia"):
+        folder = tmp_path / "raw" / name
+        folder.mkdir(parents=True)
+        for k in range(3):
+            lines = [orjson.dumps({"text": text}) for text in rng.choices(texts, k=300)]
+            (folder / f"{k}.jsonl").write_bytes(b"\n".join(lines))
+        (tmp_path / f"{name}.yaml").write_text(YAML)
+    (tmp_path / "raw/README.md").write_text("not a source")
+    (tmp_path / "all.yaml").write_text("across:\n  - step: exact\n")
+    return tmp_path / "raw"
+
+
+def line(raw: Path, output: str, *more: str) -> list[str]:
+    given = ["--config", str(raw.parent / "all.yaml"), "--input", str(raw), "--workers", "2"]
+    return [*given, "--output", str(raw.parent / output), *more]
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    found = (
+        p for p in folder.rglob("*") if p.is_file() and p.name not in ("journal.jsonl", ".lock")
+    )
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+
+def test_sources_in_order_then_across_them(raw, capsys):
+    graph.main(line(raw, "clean"))
+    told = capsys.readouterr().out
+    places = [told.index(f"== {name}") for name in ("wikipedia", "books", "c4", "exact, across")]
+    assert places == sorted(places)
+    clean = raw.parent / "clean"
+    assert source_names(clean) == ["books", "c4", "wikipedia"]
+    texts = [
+        (name, found["text"])
+        for name in ("wikipedia", "books", "c4")
+        for path in sorted((clean / name).glob("0*.zst"))
+        for found in read_documents(path)
+    ]
+    raw_texts = {
+        orjson.loads(text)["text"]
+        for path in raw.rglob("*.jsonl")
+        for text in path.read_bytes().splitlines()
+    }
+    assert len(texts) == len({text for _, text in texts}) and {t for _, t in texts} == raw_texts
+    # what two sources have stays in the first of the order
+    read = read_json(clean / ".stages/recipe/wikipedia/stats.json")["total"]["documents"]["out"]
+    left = read_json(clean / "wikipedia/stats.json")["total"]["documents"]
+    assert read == left["in"] == 900 and left["out"] == sum(
+        name == "wikipedia" for name, _ in texts
+    )
+    before = made(clean)
+    graph.main(line(raw, "clean"))
+    assert made(clean) == before
+
+
+def test_without_steps_across_the_recipes_write_the_result(raw):
+    (raw.parent / "all.yaml").write_text("across: []\n")
+    graph.main(line(raw, "clean", "--sources", "books"))
+    assert source_names(raw.parent / "clean") == ["books"]
+    assert not (raw.parent / "clean/.stages").exists()
+
+
+def test_what_is_wrong_is_said_before_anything_runs(raw, tmp_path):
+    clean = tmp_path / "clean"
+    for change, told in (
+        (lambda: (tmp_path / "c4.yaml").unlink(), "c4.yaml cannot be read"),
+        (lambda: (tmp_path / "c4.yaml").write_text(YAML + "colour: red\n"), "colour"),
+        (lambda: (raw / "poems").mkdir(), "raw/poems is called after no recipe"),
+        (lambda: (tmp_path / "all.yaml").write_text("across: [{step: fuzzy}]"), "step is 'fuzzy'"),
+        (
+            lambda: (tmp_path / "all.yaml").write_text("across: [{step: exact, by: x}]"),
+            "step exact has no option by",
+        ),
+    ):
+        change()
+        with pytest.raises(UserError, match=told):
+            graph.main(line(raw, "clean"))
+        assert not clean.exists()
+        for path, content in (("c4.yaml", YAML), ("all.yaml", "across:\n  - step: exact\n")):
+            (tmp_path / path).write_text(content)
+        if (raw / "poems").exists():
+            (raw / "poems").rmdir()
+    with pytest.raises(UserError, match="--sources names arxiv, but .*raw/arxiv is no folder"):
+        graph.main(line(raw, "clean", "--sources", "arxiv"))
+
+
+def test_a_recipe_whose_library_is_missing_names_it(raw, monkeypatch):
+    """The library is asked for by the recipe's module, which is imported when it is to run."""
+    monkeypatch.setitem(sys.modules, "zipfile", None)
+    monkeypatch.delitem(sys.modules, "llama.corpus.sources.plain", raising=False)
+    with pytest.raises(UserError, match="recipe plain needs zipfile: pip install 'llama"):
+        graph.main(line(raw, "clean"))
+
+
+def test_a_source_that_fails_does_not_stop_the_next_and_is_named(raw, tmp_path):
+    (raw / "books/0.jsonl").write_text("nothing\nbut\nnonsense\n" * 50)
+    with pytest.raises(UserError, match=r"1 of 3 sources are not complete: books: .*quarantined"):
+        graph.main(line(raw, "clean"))
+    assert (tmp_path / "clean/.stages/recipe/c4/stats.json").exists()
+    assert not (tmp_path / "clean/wikipedia").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_anywhere_leaves_the_same_bytes(raw, rng):
+    def start(output: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "llama.corpus", "all", *line(raw, output)]
+        return subprocess.Popen(command, cwd=ROOT, stdout=-3, stderr=-3, start_new_session=True)
+
+    began = time.monotonic()
+    assert start("calm").wait() == 0
+    whole_s = time.monotonic() - began
+    expected = made(raw.parent / "calm")
+    kills = 0
+    for _ in range(6):
+        process = start("killed")
+        time.sleep(rng.uniform(0.1, 0.9) * whole_s)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert start("killed").wait() == 0
+    assert made(raw.parent / "killed") == expected
+    print(f"{kills} of 6 runs were killed")
+    assert kills
