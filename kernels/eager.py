@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.reference import IGNORED, wide_dtype
+from kernels.reference import IGNORED, VocabularyShard, wide_dtype
 
 # Logits held at once by the loss: 4 MB stay in a CPU's cache, a GPU needs taller products
 # (2,048 rows at V = 32,000).
@@ -77,7 +77,8 @@ def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def rope_forward(x: Tensor, table: Tensor) -> Tensor:
     """The turned (B, T, H, D); one complex product is 7 times as fast as four real ones."""
-    pairs = torch.view_as_complex(x.to(wide_dtype(x.dtype)).unflatten(-1, (-1, 2)))
+    wide = x.to(wide_dtype(x.dtype)).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2).to(x.dtype)
 
 
@@ -87,24 +88,27 @@ def rope_backward(grad: Tensor, table: Tensor) -> Tensor:
 
 
 def linear_cross_entropy_forward(
-    x: Tensor, weight: Tensor, targets: Tensor, gradients: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    gradients: bool,
+    z_loss: float = 0.0,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses (N,), and of their sum the gradients of x (N, C) and of the weight (V, C).
 
-    Only a chunk of rows ever has its logits in memory.
+    Only a chunk of rows ever has its logits in memory. With a `shard` of the vocabulary the
+    gradient of x is this shard's part of a sum.
     """
     wide = wide_dtype(x.dtype)
     losses = x.new_empty(x.shape[0], dtype=wide)
     grad_x = torch.empty_like(x) if gradients else None
     grad_weight = torch.zeros_like(weight, dtype=wide) if gradients else None
     for rows in _chunks(x, weight):
-        losses[rows], odds = _chunk_loss(x[rows], weight, targets[rows])
+        losses[rows], grad = _chunk_loss(x[rows], weight, targets[rows], z_loss, shard)
         if grad_x is None or grad_weight is None:
             continue
-        # d loss / d z = softmax(z) - onehot(target), and 0 in ignored rows
-        valid = (targets[rows] != IGNORED).unsqueeze(1)
-        odds.scatter_add_(1, targets[rows].unsqueeze(1).where(valid, 0), -valid.to(wide))
-        grad = odds.to(x.dtype)
+        grad = grad.to(x.dtype)
         grad_x[rows] = grad @ weight
         if x.dtype == wide:
             grad_weight.addmm_(grad.t(), x[rows])
@@ -119,16 +123,56 @@ def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
 
 
-def _chunk_loss(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (n,) and probabilities (n, V), both 0 where the target is ignored.
+def _chunk_loss(
+    x: Tensor, weight: Tensor, targets: Tensor, z_loss: float, shard: VocabularyShard | None
+) -> tuple[Tensor, Tensor]:
+    """Losses (n,) and their gradient by the logits (n, V), both 0 where the target is ignored.
 
     In place, as nothing in a step is larger.
     """
     logits = (x @ weight.t()).to(wide_dtype(x.dtype))
-    ignored = targets == IGNORED
-    hit = logits.gather(1, targets.masked_fill(ignored, 0).unsqueeze(1))
+    ignored = (targets == IGNORED).unsqueeze(1)
+    column, here = targets.unsqueeze(1), ~ignored
+    if shard is not None:
+        column = column - shard.first
+        here = (column >= 0) & (column < weight.shape[0])
+    column = column.where(here, 0)
+    hit = logits.gather(1, column) * here
     top = logits.amax(1, keepdim=True)
+    if shard is not None:
+        top = shard.reduce(top, "max")
     odds = logits.sub_(top).exp_()
     total = odds.sum(1, keepdim=True)
-    losses = (top + total.log() - hit).squeeze(1).masked_fill(ignored, 0)
-    return losses, odds.mul_(total.reciprocal().masked_fill(ignored.unsqueeze(1), 0))
+    if shard is not None:
+        total, hit = shard.reduce(torch.stack((total, hit)), "sum")
+    losses, factor = top + total.log() - hit, total.reciprocal()
+    if z_loss:
+        log_sum = top + total.log()
+        losses = losses + z_loss * log_sum.square()
+        factor = factor * (1 + 2 * z_loss * log_sum)
+    odds.mul_(factor.masked_fill(ignored, 0)).scatter_add_(1, column, -here.to(odds.dtype))
+    return losses.masked_fill(ignored, 0).squeeze(1), odds
+
+
+def add_rms_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x + residual, that sum, and the scale of every row (..., 1)."""
+    total = x + residual
+    out, scale = rms_norm_forward(total, weight, eps)
+    return out, total, scale
+
+
+def add_rms_norm_backward(
+    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, which is that of the residual too, and of the weight."""
+    grad_x, grad_weight = rms_norm_backward(grad, total, weight, scale)
+    return grad_x.add_(grad_total), grad_weight
+
+
+def swiglu_backward_with_product(
+    grad: Tensor, gate: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate and up, and silu(gate) · up again."""
+    return *swiglu_backward(grad, gate, up), swiglu_forward(gate, up)

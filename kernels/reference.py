@@ -9,6 +9,8 @@ Axes, the same letters everywhere:
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.to(wide_dtype(x.dtype))
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return (x32 * scale * weight.to(x32.dtype)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x + residual, and that sum in their dtype, both (..., C)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -113,12 +121,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None) ->
     return torch.einsum("bkgts,bskd->btkgd", weights, v.to(wide)).reshape(B, T, H, D).to(q.dtype)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """logsumexp(z) - z[target] with z = x Wᵀ: (N, C), (V, C), (N,) int64 to (N,), float32 or wider.
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """logsumexp(z) - z[target] + z_loss · logsumexp(z)², where z = x Wᵀ: (N, C), (V, C), (N,) int64
+    to (N,), float32 or wider.
 
-    Targets of -100 give 0.
+    Targets of -100 give 0. z-loss: Chowdhery et al. 2022, §5.
     """
     logits = (x @ weight.t()).to(wide_dtype(x.dtype))
     ignored = targets == IGNORED
     hit = logits.gather(1, targets.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
-    return (logits.logsumexp(1) - hit).masked_fill(ignored, 0)
+    log_sum = logits.logsumexp(1)
+    losses = log_sum - hit + z_loss * log_sum.square()
+    return losses.masked_fill(ignored, 0)
+
+
+class VocabularyShard(NamedTuple):
+    """A process's rows of an output matrix that is divided over processes, from row `first` on.
+
+    `reduce(tensor, "max" or "sum")` is the elementwise maximum or sum over these processes.
+    """
+
+    first: int
+    reduce: Callable[[Tensor, str], Tensor]

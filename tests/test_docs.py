@@ -6,6 +6,7 @@ repository that is the home folder too, on the language reference that comes wit
 and `SMALLER` hold all that is not run as it is written.
 """
 
+import bz2
 import gzip
 import json
 import os
@@ -41,6 +42,7 @@ INSTEAD = [
     (r"--train.tokens 4M\b", "--train.tokens 16k", "takes ten minutes"),
     (r"--input DIR\b", "--input texts", "stands for any folder"),
     (r"^python -m benchmarks.encode", r"\g<0> --mb 0.2 --vocab_size 1000", "takes minutes"),
+    (r"^python -m kernels.tune$", r"\g<0> --help", "needs a GPU"),
     (r"^python -m benchmarks.loader", r"\g<0> --tokens 100k", "takes minutes"),
 ]
 # (file of the copy, what it says, what stands there instead): a small model on little text
@@ -53,7 +55,7 @@ SMALLER = [
     ("configs/tokenizer.yaml", "vocab_size: 32000", "vocab_size: 8192"),
 ]
 # Of these also the shortened form takes long.
-LONG = r"^python -m benchmarks\."
+LONG = r"^python -m (benchmarks\.|kernels\.check)"
 
 # The quickstart takes minutes, on a busy machine many.
 pytestmark = pytest.mark.timeout(1800)
@@ -183,11 +185,12 @@ def call(command: str, place: Path) -> str:
 
 
 def write_texts(place: Path) -> None:
-    """The pages' inputs: `texts` is any text, `raw` the dumps of docs/first-run.md."""
+    """The pages' inputs: `texts` is any text, `raw` holds dumps by source."""
     names = sorted(topics)
     books, c4, posts = names[::2], names[1::4], names[3::4]
     site = place / "raw/stackexchange/coffee.meta.stackexchange.com"
-    for folder in (place / "texts", place / "raw/books", place / "raw/c4", site):
+    wiki = place / "raw/wikipedia"
+    for folder in (place / "texts", place / "raw/books", place / "raw/c4", site, wiki):
         folder.mkdir(parents=True)
     for name in names:
         (place / f"texts/{name}.txt").write_text(topics[name])
@@ -195,9 +198,18 @@ def write_texts(place: Path) -> None:
         (place / f"raw/books/{name}.txt").write_text(topics[name])
     with gzip.open(place / "raw/c4/c4-train.00000-of-01024.json.gz", "wt") as file:
         file.writelines(json.dumps({"text": topics[name]}) + "\n" for name in c4)
-    rows = (f'  <row Id="{i}" Body="{escape(topics[name])}" />' for i, name in enumerate(posts))
+    rows = (
+        f'  <row Id="{i}" PostTypeId="1" Body="{escape(topics[name])}" />'
+        for i, name in enumerate(posts)
+    )
     text = "\n".join(row.replace("\n", "&#xA;") for row in rows)
     (site / "Posts.xml").write_text(f"<posts>\n{text}\n</posts>\n")
+    pages = (
+        f"<page><title>{name}</title><ns>0</ns><id>{i}</id><text>{escape(topics[name])}</text></page>"
+        for i, name in enumerate(names[2::4])
+    )
+    with bz2.open(wiki / "enwiki-latest-pages-articles.xml.bz2", "wt") as file:
+        file.write("<mediawiki>\n" + "\n".join(pages) + "\n</mediawiki>\n")
 
 
 @pytest.fixture(scope="module")

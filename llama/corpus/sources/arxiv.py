@@ -89,7 +89,7 @@ def _paper(options: Options, name: str, data: bytes) -> Iterator[Item]:
     """One submission, whatever it is packed in."""
     size = len(data)
     try:
-        files, notes = _files(data, options.max_paper_bytes)
+        files, notes = unpacked(data, options.max_paper_bytes)
     except _TooLarge:
         yield Dropped(name, "too_large", size)
         return
@@ -121,7 +121,7 @@ class _TooLarge(ValueError):
     pass
 
 
-def _files(data: bytes, limit: int) -> tuple[dict[str, str] | None, list[str]]:
+def unpacked(data: bytes, limit: int) -> tuple[dict[str, str] | None, list[str]]:
     """(TeX files by their name in the project, notes on their encoding); None for a PDF."""
     if data[:2] == b"\x1f\x8b":
         with gzip.open(io.BytesIO(data)) as file:

@@ -1,0 +1,91 @@
+"""What tests of the kernels share: bounds on errors, gradients, a vocabulary in shards."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.reference import VocabularyShard
+
+
+def values_and_gradients(
+    function: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """Every output, and the gradient of every input for these gradients of the outputs."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [g.to(y.dtype) for g, y in zip(grads, out, strict=True)]
+    return [*(y.detach() for y in out), *torch.autograd.grad(out, inputs, grads)]
+
+
+def assert_as_exact(
+    results: Sequence[Tensor], peers: Sequence[Tensor], truths: Sequence[Tensor]
+) -> None:
+    """Each result is as near to its float64 truth as plain torch's in the same dtype, its peer.
+
+    Largest error <= 2 x the peer's + 1 ulp of the largest magnitude; norm of the error <= 1.1 x,
+    with an allowance of a few roundings in float32, which small tensors need.
+    """
+    for i, (result, peer, truth) in enumerate(zip(results, peers, truths, strict=True)):
+        assert result.shape == truth.shape and result.dtype == peer.dtype, f"result {i}"
+        ours, theirs = result.double() - truth, peer.double() - truth
+        ulp = torch.finfo(peer.dtype).eps * float(truth.abs().max())
+        worst, limit = float(ours.abs().max()), 2 * float(theirs.abs().max()) + ulp
+        assert worst <= limit, f"result {i}: largest error {worst:.3g} > {limit:.3g}"
+        roundings = 4 * torch.finfo(torch.float32).eps * float(truth.norm())
+        whole, limit = float(ours.norm()), 1.1 * float(theirs.norm()) + roundings
+        assert whole <= limit, f"result {i}: norm of the error {whole:.3g} > {limit:.3g}"
+
+
+def in_shards(weight: Tensor, n: int, work: Callable[[Tensor, VocabularyShard], Any]) -> list[Any]:
+    """`work` on n shards of the vocabulary, each in a thread, one at a time between reductions."""
+    results: list[Any] = [None] * n
+    parts: dict[int, Tensor] = {}
+    turn, barrier = threading.Lock(), threading.Barrier(n)
+
+    def run(rank: int, rows: Tensor, first: int) -> None:
+        def reduce(x: Tensor, how: str) -> Tensor:
+            parts[rank] = x.clone()
+            turn.release()
+            barrier.wait(60)
+            stacked = torch.stack([parts[i] for i in range(n)])
+            barrier.wait(60)
+            turn.acquire()
+            return stacked.amax(0) if how == "max" else stacked.sum(0)
+
+        with turn:
+            results[rank] = work(rows, VocabularyShard(first, reduce))
+
+    shards = weight.split(-(-len(weight) // n))
+    starts = np.cumsum([0, *(len(rows) for rows in shards)])
+    threads = [
+        threading.Thread(target=run, args=(rank, rows, int(starts[rank])))
+        for rank, rows in enumerate(shards)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def round_like_a_gpu(monkeypatch: Any) -> None:
+    """Triton's interpreter cuts float32 down to bfloat16; GPUs round to nearest, ties to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(x: Any, source: Any, target: Any, mode: Any) -> Any:
+        if source == tl.float32 and target == tl.bfloat16:
+            tensor = torch.from_numpy(np.array(x.data, np.float32))
+            return tensor.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        if source == tl.bfloat16 and target == tl.float32:
+            return np.asarray(x.data, np.uint32) << 16
+        return original(x, source, target, mode)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
