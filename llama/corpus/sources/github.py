@@ -1,0 +1,232 @@
+"""Recipe `github`: source trees and archives to files of code under free licences (paper §2.1).
+
+In: a folder or an archive (.tar.gz, .tgz, .zip) per repository; folders that hold nothing but such
+are gone through. Nothing is unpacked to disk. An archive is read twice: for the licences of its
+folders (sources/licences.py; a folder that says nothing is under that of the one above), then for
+its files. Out: a document per file, cleaned by steps/code.py; its id is repository/path.
+
+Drop reasons: `special_file` (links, pipes), `lock_file`, `vendored`, `minified`, `suffix`,
+`licence_file`, `too_large`, `no_licence`, `licence NAME`, `repeated`, `binary`, those of
+steps/code.py.
+Quarantined: `unreadable`, `damaged`. Noted: `decoded as ...`.
+"""
+
+import gzip
+import os
+import posixpath
+import re
+import stat
+import tarfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llama.cli import UserError
+from llama.config import Count
+from llama.corpus import raw
+from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
+from llama.corpus.plan import LeftOut, Piece, Plan, group, printable
+from llama.corpus.sources import licences
+from llama.corpus.sources.licences import Evidence
+from llama.corpus.steps import code, text
+
+_ARCHIVE = re.compile(r"(.+?)\.(?:(tar\.gz|tgz)|zip)", re.IGNORECASE | re.DOTALL)
+_BY_PATH = re.compile(
+    r"(?:.*/)?(?:(?P<lock_file>[^/]*[-.]lock(?:\.[^/]*)?|go\.sum|npm-shrinkwrap\.json)"
+    r"|(?P<vendored>(?:node_modules|bower_components|_?vendor(?:ed|s)?|third[-_]?party"
+    r"|3rd[-_]?party|extern(?:al)?s?|site-packages|godeps)/.*)"
+    r"|(?P<minified>[^/]*[-.]min\.(?:js|css)))",
+    re.IGNORECASE | re.DOTALL,
+)
+_MAX_PATH = 4096
+_MAX_LICENCE_BYTES = 1 << 20
+
+
+@dataclass
+class Options:
+    """What a run of the recipe may choose.
+
+    Args:
+        source: Name of the source in every document; empty for the name of the output folder.
+        licences: SPDX names of the licences that are kept.
+        max_file_bytes: Larger files are dropped.
+        unit_bytes: Input that becomes one output shard.
+    """
+
+    source: str = ""
+    licences: list[str] = field(
+        default_factory=lambda: ["Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT"]
+    )
+    max_file_bytes: Count = Count(1_000_000)
+    unit_bytes: Count = Count(64_000_000)
+
+
+def plan(options: Options, inputs: Sequence[Path]) -> Plan:
+    """Lay out the repositories below `inputs`."""
+    if not inputs:
+        raise UserError("recipe github reads the repositories below --input, which is not given")
+    pieces: dict[str, Piece] = {}
+    left_out: list[LeftOut] = []
+    for top in inputs:
+        if not top.is_dir():
+            raise UserError(f"--input {top} is no folder of repositories")
+        for piece in _repositories(top, str(top), left_out):
+            if pieces.setdefault(piece.name, piece) is not piece:
+                raise UserError(f"--input holds two repositories {piece.name}: ids would clash")
+    units = group(sorted(pieces.values()), options.unit_bytes)
+    return Plan("github", asdict(options), partial(read, options), units, tuple(left_out))
+
+
+def steps(options: Options) -> list[Step]:
+    """Line ends, then all of steps/code.py."""
+    allowed = (*options.licences, *licences.HARMLESS)
+    return [text.unix_line_ends, partial(code.clean, allowed=allowed)]
+
+
+def _repositories(top: Path, folder: str, left_out: list[LeftOut]) -> Iterator[Piece]:
+    """Folders and archives below `top`; a folder with any other file in it is a repository."""
+    for entry in os.scandir(folder):
+        name = printable(os.path.relpath(entry.path, top))
+        archive = _ARCHIVE.fullmatch(name)
+        if entry.is_dir(follow_symlinks=False):
+            inside = [e.name for e in os.scandir(entry.path) if not e.is_dir(follow_symlinks=False)]
+            if all(map(_ARCHIVE.fullmatch, inside)):
+                yield from _repositories(top, entry.path, left_out)
+            else:
+                size = sum(member.size for member in _tree(entry.path))
+                yield Piece(name, entry.path, "tree", size)
+        elif archive and entry.is_file(follow_symlinks=False):
+            format = "tar" if archive[2] else "zip"
+            yield Piece(archive[1], entry.path, format, entry.stat().st_size)
+        else:
+            left_out.append(LeftOut(name, "not in a repository"))
+
+
+class Member(NamedTuple):
+    """A file by its path in the repository; None reads a link or what else is no file."""
+
+    path: str
+    size: int
+    read: Callable[[], bytes] | None
+
+
+def _tree(top: str) -> Iterator[Member]:
+    for folder, folders, names in os.walk(top):
+        folders[:] = sorted(set(folders) - {".git", ".hg", ".svn"})
+        # links to folders are listed among these, and not gone into
+        for path in (Path(folder, name) for name in sorted([*folders, *names])):
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode):
+                read = path.read_bytes if stat.S_ISREG(status.st_mode) else None
+                yield Member(os.path.relpath(path, top), status.st_size if read else 0, read)
+
+
+class _Bounded:
+    """A stream that gives no more than a limit: a header within may ask for all of a bomb."""
+
+    def __init__(self, file: Any, limit: int) -> None:
+        self.file, self.left = file, limit
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+        return data
+
+
+def _tar(path: str) -> Iterator[Member]:
+    limit = raw.expansion_limit(os.path.getsize(path))
+    with gzip.open(path) as file:
+        stream: Any = _Bounded(file, limit)
+        tar = tarfile.open(fileobj=stream, mode="r|")
+        for info in tar:
+            # tarfile would remember every one
+            tar.members = []  # type: ignore[attr-defined]
+            if not info.isdir():
+                member = tar.extractfile(info) if info.isreg() else None
+                yield Member(info.name, info.size, member.read if member else None)
+
+
+def _zip(path: str) -> Iterator[Member]:
+    left = raw.expansion_limit(os.path.getsize(path))
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if (left := left - info.file_size) < 0:
+                raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+            if not info.is_dir():
+                link = stat.S_ISLNK(info.external_attr >> 16)
+                read = None if link else partial(archive.read, info)
+                yield Member(info.filename, info.file_size, read)
+
+
+def _members(piece: Piece) -> Iterator[Member]:
+    for member in {"tree": _tree, "tar": _tar, "zip": _zip}[piece.format](piece.path):
+        yield member._replace(path=posixpath.normpath(printable(member.path)))
+
+
+def read(options: Options, piece: Piece) -> Iterator[Item]:
+    """Files of one repository."""
+    top, verdicts = _survey(options, piece)
+    seen: set[str] = set()
+    for member in _members(piece):
+        path = member.path.removeprefix(top)
+        id, folder = f"{piece.name}/{path}", posixpath.dirname(member.path)
+        while len(member.path) <= _MAX_PATH and folder not in verdicts:
+            folder = posixpath.dirname(folder)
+        licence, refused = verdicts.get(folder, ("", ""))
+        reason = _reason(options, member) or refused or ("repeated" if id in seen else "")
+        seen.add(id)
+        if reason or not member.read:
+            yield Dropped(id, reason, member.size)
+            continue
+        try:
+            content, encoding = raw.decode(member.read())
+        except (raw.Binary, UnicodeDecodeError):
+            yield Dropped(id, "binary", member.size)
+        except Exception as error:
+            # no right to read, encrypted, damaged: it costs this file
+            yield Dropped(id, "unreadable", member.size, describe(error))
+        else:
+            if encoding != "utf-8":
+                yield Noted(f"decoded as {encoding}")
+            meta = {"repository": piece.name, "path": path, "licence": licence}
+            meta["language"] = code.language(path)
+            yield Document(id, content, options.source, meta)
+
+
+def _reason(options: Options, member: Member) -> str:
+    """Why a file is dropped for its kind, name or size."""
+    if not member.read or len(member.path) > _MAX_PATH:
+        return "special_file"
+    if by_path := _BY_PATH.fullmatch(member.path):
+        return str(by_path.lastgroup)
+    if not code.language(member.path):
+        return "suffix"
+    if licences.is_text(member.path):
+        return "licence_file"
+    return "too_large" if member.size > options.max_file_bytes else ""
+
+
+def _survey(options: Options, piece: Piece) -> tuple[str, dict[str, tuple[str, str]]]:
+    """(the folder that all of an archive lies in, the verdict on each folder that has its own)."""
+    found: dict[str, list[Evidence]] = defaultdict(list)
+    tops = set()
+    # what comes before the damage counts, and the second reading will tell of it
+    with suppress(Exception):
+        for path, size, content in _members(piece):
+            tops.add(path[: path.find("/") + 1])
+            speaks = licences.is_text(path) or posixpath.basename(path) in licences.METADATA
+            if content and speaks and size <= _MAX_LICENCE_BYTES:
+                with suppress(Exception):
+                    folder, said = licences.evidence(path, raw.decode(content())[0])
+                    found[folder].append(said)
+    verdicts = {folder: licences.judge(said, options.licences) for folder, said in found.items()}
+    known = {folder: verdict for folder, verdict in verdicts.items() if verdict}
+    top = tops.pop() if len(tops) == 1 and piece.format != "tree" else ""
+    return top, {"": ("", "no_licence"), **known}

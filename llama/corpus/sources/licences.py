@@ -1,0 +1,200 @@
+"""Which licence a folder of source code is under (paper §2.1: Apache, BSD and MIT projects).
+
+In: the files of a folder that say so: licence texts, package metadata, debian/copyright. Out: a
+verdict. A permissive licence must be there sentence by sentence, any other need only be mentioned.
+"""
+
+import posixpath
+import re
+import tomllib
+from collections.abc import Collection
+from email.parser import HeaderParser
+from typing import Any, NamedTuple
+
+import orjson
+
+_FILE = re.compile(
+    r"(?!.*(?:third|3rd|bundle|depend|vendor|extern|header|\.(?:py|js|ts|go|java|rb|c|h|json)$|s\.rst$))"
+    r"(?:(?:mit|apache|bsd)[-_.])?(?:(?:un)?licen[sc]es?|copying|copyright)(?:[-_.][\w.+-]+)?",
+    re.IGNORECASE,
+)
+# Of these it matters when nobody knows their text.
+_MAIN_FILE = re.compile(r"(?i:licen[sc]e|copying)(?i:\.txt)?|L(?:ICEN[SC]E|icense)\.(?:md|rst)")
+_NAMES = {
+    "MIT": r"(?:mit|expat)(?: licen[sc]e)?(?: mit)?",
+    "Apache-2.0": r"apache(?: software)? licen[sc]e(?: v(?:ersion)?)?(?: 2| 2 0)?"
+    r"|apache(?: licen[sc]e)? v?2(?: 0)?(?: licen[sc]e)?",
+    "BSD-2-Clause": r"(?:simplified bsd|bsd 2(?: clause)?|2 clause bsd)(?: licen[sc]e)?",
+    "BSD-3-Clause": r"(?:(?:(?:new|modified|3 clause) )?bsd|bsd 3(?: clause)?)(?: licen[sc]e)?",
+    "proprietary": r"unlicensed|commercial|proprietary",
+}
+_MIT = (
+    "permission is hereby granted free of charge to any person obtaining a copy of this software ",
+    "without restriction including without limitation the rights to use copy modify merge publish "
+    "distribute sublicense and or sell copies of the software and to permit persons",
+    " included in all copies or substantial portions of the software",
+)
+_BSD = (
+    "redistribution and use in source and binary forms with or without modification are permitted "
+    "provided that the following conditions are met",
+    "redistributions of source code must retain the",
+    "redistributions in binary form must reproduce the",
+)
+_APACHE = r"apache license version 2 0 jan|under (?:the )?apache licen[sc]e(?: version)? 2 0"
+_GPL = {"affero": "AGPL", "lesser": "LGPL", "library": "LGPL", "": "GPL"}
+_OTHERS = {
+    "MPL": r"mozilla public licen",
+    "restricted": r"commons clause|\bnon ?commercial\b|for good not evil|elastic licen"
+    r"|business source licen|server side public licen",
+    "proprietary": r"unauthorized copying|proprietary and confidential|end user licen[sc]e"
+    r"|confidential and proprietary",
+}
+# Beside a licence that is allowed these speak of documents, data or a few files.
+HARMLESS = {
+    "CC": r"creative commons",
+    "ISC": r"copy modify and (?:or )?distribute this software for any purpose with or without fee",
+    "Unlicense": r"unencumbered software released into the public domain",
+    "Zlib": r"altered source versions must be plainly marked",
+}
+_SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() -]{1,300})")
+_ATOM = r"\(*[\w.+-]+\)*"
+_EXPRESSION = re.compile(rf"{_ATOM}(?: (?:and|or|with) {_ATOM})*", re.IGNORECASE)
+_UNSAID = ("", "unknown", "noassertion", "license", "dual", "dual license")
+
+
+class Evidence(NamedTuple):
+    """What one file says: an SPDX expression, licences found in its text, or neither."""
+
+    declared: str = ""
+    texts: frozenset[str] = frozenset()
+
+
+def words(text: str) -> str:
+    """Lower-case ASCII words and numbers with single spaces: what is left of any layout."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("©", " c ")))
+
+
+def read_text(text: str) -> Evidence:
+    """SPDX-License-Identifiers, and the licences that a text contains or mentions."""
+    plain = words(text)
+    found = {name for name, each in (_OTHERS | HARMLESS).items() if re.search(each, plain)}
+    gpl = re.search(r"\bgnu (?:(affero|lesser|library) )?(?:general public licen|gpl)", plain)
+    if "MPL" in found:
+        found = {"MPL"}
+    elif gpl:
+        # the first that is named; what these texts say of commerce and of each other is no limit
+        found = (found - {"restricted"}) | {_GPL[gpl[1] or ""]}
+    if all(part in plain for part in _MIT) or "under the mit licen" in plain:
+        found.add("MIT")
+    if all(part in plain for part in _BSD):
+        clauses = 3 if "endorse or promote products" in plain else 2
+        found.add(f"BSD-{4 if 'advertising materials mentioning' in plain else clauses}-Clause")
+    if re.search(_APACHE, plain):
+        found.add("Apache-2.0")
+    declared = " AND ".join(f"({spdx.strip(' -')})" for spdx in _SPDX.findall(text))
+    return Evidence(declared, frozenset(found))
+
+
+def satisfied(expression: str, allowed: Collection[str]) -> bool:
+    """True when the work may be used under allowed licences: either side of OR, both of AND."""
+    signs = {"AND": "&", "OR": "|"}
+    value = re.sub(
+        r"\sWITH\s+[\w.-]+", "", expression if len(expression) < 500 else "", flags=re.IGNORECASE
+    )
+    value = re.sub(
+        r"[^\s()]+", lambda m: signs.get(m[0].upper()) or str(int(_id(m[0]) in allowed)), value
+    )
+    value, before = re.sub(r"\s", "", value), ""
+    while value != before:
+        before, value = value, re.sub(r"\(([01&|]*)\)", lambda m: _flat(m[1]), value)
+    return _flat(value) == "1"
+
+
+def _flat(value: str) -> str:
+    return str(int(any(set(term.split("&")) == {"1"} for term in value.split("|"))))
+
+
+def _id(name: str) -> str:
+    """SPDX's name of a licence where it is one of the usual ones, whatever it is called."""
+    plain = words(name).removeprefix("the ")
+    return next((id for id, known in _NAMES.items() if re.fullmatch(known, plain)), name)
+
+
+def expression(value: Any) -> str:
+    """What a package says of itself as an SPDX expression; nothing where it is not understood."""
+    if isinstance(value, dict):
+        value = value.get("type") or value.get("text")
+    if isinstance(value, list):
+        return " OR ".join(filter(None, map(expression, value)))
+    text = value if isinstance(value, str) else ""
+    line = re.sub(r" ?(?:/|\band/or\b) ?", " OR ", " ".join(text[:500].split()))
+    if words(line) in _UNSAID:
+        return ""
+    if _id(line) in _NAMES or _EXPRESSION.fullmatch(line):
+        return _id(line)
+    return " AND ".join(sorted(read_text(text).texts))
+
+
+def is_text(path: str) -> bool:
+    """True for a file that holds the licence of its folder."""
+    return bool(_FILE.fullmatch(posixpath.basename(path)))
+
+
+def evidence(path: str, text: str) -> tuple[str, Evidence]:
+    """(the folder that is spoken of, what is said) by a licence text or a file in METADATA."""
+    folder, name = posixpath.split(path)
+    if path.endswith("debian/copyright"):
+        stanza = text.partition("\nFiles: *\n")[2].partition("\n\n")[0]
+        said = re.search(r"^License:(.*)", stanza, re.MULTILINE)
+        return posixpath.dirname(folder), Evidence(expression(said and said[1].replace(",", "")))
+    if reader := METADATA.get(name):
+        try:
+            return folder, Evidence(expression(reader(text)))
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            return folder, Evidence()
+    found = read_text(text)
+    unknown = found == Evidence() and _MAIN_FILE.fullmatch(name)
+    return folder, Evidence(texts=frozenset({"unknown"})) if unknown else found
+
+
+def _python(text: str) -> str:
+    fields = HeaderParser().parsestr(text)
+    said = expression(fields["License-Expression"]) or expression(fields["License"])
+    classes = [name for name in fields.get_all("Classifier", []) if name.startswith("License")]
+    return said or " AND ".join(filter(None, (expression(c.split(":: ")[-1]) for c in classes)))
+
+
+METADATA = {
+    "package.json": lambda text: (
+        (said := orjson.loads(text)).get("license") or said.get("licenses")
+    ),
+    "PKG-INFO": _python,
+    "pyproject.toml": lambda text: tomllib.loads(text).get("project", {}).get("license"),
+    "Cargo.toml": lambda text: tomllib.loads(text).get("package", {}).get("license"),
+}
+
+
+def judge(found: Collection[Evidence], allowed: Collection[str]) -> tuple[str, str] | None:
+    """(licence, why it is refused or nothing); None where nothing is said.
+
+    A licence that is mentioned must be allowed too, but for those between which one may choose.
+    """
+    declared = sorted({each.declared for each in found if each.declared})
+    texts = {text for each in found for text in each.texts}
+    if not declared and not texts:
+        return None
+    ids = {_id(id) for each in declared for id in re.findall(r"[^\s()]+", each)}
+    refused = texts - set(allowed)
+    if declared or texts & set(allowed):
+        refused -= {*HARMLESS, "unknown"} if declared else set(HARMLESS)
+    refused = {name for name in refused if not any(_label(id) == _label(name) for id in ids)}
+    if not all(satisfied(each, allowed) for each in declared):
+        refused |= ids - {*allowed, "AND", "OR", "WITH"} or {"other"}
+    licence = " AND ".join(declared or sorted(texts))
+    return licence, f"licence {_label(min(refused))}" if refused else ""
+
+
+def _label(name: str) -> str:
+    """One of a bounded number of names, to be counted under."""
+    known = (*_GPL.values(), *_OTHERS, *HARMLESS, "BSD", "unknown")
+    return next((label for label in known if name.upper().startswith(label.upper())), "other")
