@@ -26,6 +26,16 @@ COMMANDS = [
         "--input raw --output data/clean",
     ),
     (
+        "python -m llama.corpus report",
+        "one page about documents, and their licences",
+        "data/clean --output data/clean/report.html",
+    ),
+    (
+        "python -m llama.corpus explain",
+        "what became of one document, step by step",
+        "data/clean enwiki:12",
+    ),
+    (
         "python -m tokenizer.train",
         "documents to a SentencePiece tokenizer",
         "--config configs/tokenizer.yaml --input data/mine/documents --output data/mine/tokenizer",

@@ -12,6 +12,8 @@ COMMANDS = {
     "run": "llama.corpus.recipes",
     "dedup": "llama.corpus.dedup",
     "all": "llama.corpus.graph",
+    "report": "llama.corpus.report",
+    "explain": "llama.corpus.explain",
 }
 USAGE = """usage: python -m llama.corpus COMMAND
 
@@ -21,9 +23,12 @@ USAGE = """usage: python -m llama.corpus COMMAND
                              documents that occur in several places, once
   all --input RAW --output CLEAN
                              every source below RAW by its recipe, then across the sources
+  report CLEAN -o report.html [--input RAW] [--tokenizer FOLDER]
+                             one page about it, and its bill of materials
+  explain CLEAN ID           what happened to one document at each step
 
-Each takes [--workers N] [--executor local | datatrove | slurm | ray] and lists its options with
---help; `run --config FILE --help` those of a recipe."""
+The first three take [--workers N] [--executor local | datatrove | slurm | ray]; each lists
+its options with --help, `run --config FILE --help` those of a recipe."""
 
 
 def main(argv: list[str]) -> None:
