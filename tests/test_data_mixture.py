@@ -2,7 +2,6 @@
 
 import random
 import re
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from made_data import make_sources
 
 from llama.cli import UserError
 from llama.config import read_mixture
-from llama.data.mixture import PAPER_EPOCHS, epochs, main, plan_table
+from llama.data.mixture import PAPER_EPOCHS, main, plan_table
 from llama.data.shards import open_sources
 
 TABLE_1 = Path(__file__).parent.parent / "configs/mixtures/llama1.yaml"
@@ -79,7 +78,6 @@ def test_rounded_weights_are_told() -> None:
     text = plan_table({"a": 0.333333, "b": 0.666667}, 10**9, {"a": 10**9, "b": 10**9})
     assert "weights rounded to n/65536, each off by at most" in text
     assert "rounded" not in plan_table({"a": 0.25, "b": 0.75}, 10**9)
-    assert epochs(100, Fraction(1, 3), 50) == Fraction(2, 3)
     assert set(columns(plan_table(third, 100).split("weights")[0])) == {"a", "b"}
 
 

@@ -155,9 +155,8 @@ class Reenactment:
         self.at: dict[str, tuple[int, int]] = {}
         self.sample = 0
         self.skipped: list[tuple[int, int]] = []
-        self.consumed: Counter[str] = Counter()
+        self.trained_tokens: Counter[str] = Counter()
         self.passed_over: Counter[str] = Counter()
-        self.tokens = 0
         self._orders: dict[tuple[str, int, int], list[int]] = {}
 
     def begin(self, weights: dict[str, int], windows: dict[str, int]) -> None:
@@ -175,7 +174,6 @@ class Reenactment:
         trained = not self.next_is_skipped()
         self.drawn += 1
         self.sample += 1
-        self.consumed[name] += 1
         self.passed_over[name] += not trained
         return trained, name, epoch, self._orders[name, epoch, size][visit]
 
@@ -254,9 +252,9 @@ def random_run(rng: random.Random) -> None:
         total = sum(weights.values())
         for _ in range(rng.randrange(0, 12)):
             past = slow.behind_the_gap() if slow.next_is_skipped() else slow
-            assert order.counts(step) == {name: past.consumed[name] for name in order.names}
             assert order.skipped(step) == {name: past.passed_over[name] for name in order.names}
-            assert order.tokens(step) == slow.tokens
+            assert order.source_tokens(step) == {n: slow.trained_tokens[n] for n in order.names}
+            assert order.tokens(step) == slow.trained_tokens.total()
             drawn = order.batch(step)
             assert len(drawn.windows) == batch
             for row in range(batch):
@@ -274,18 +272,17 @@ def random_run(rng: random.Random) -> None:
                 got = (drawn.sources[row], drawn.epochs[row], drawn.windows[row])
                 assert got == (order.names.index(name), epoch, window), (number, step, row)
                 seen[len(order.segments) - 1, name, window].append((step, row))
-                slow.tokens += seq_len
+                slow.trained_tokens[name] += seq_len
             step += 1
     for drawn_windows in once.values():
         assert len(set(drawn_windows)) == len(drawn_windows)
     assert order is not None
     for segment, name, window in rng.sample(sorted(seen), min(10, len(seen))):
         expected_visits = seen[segment, name, window]
-        found = order.find(name, window, step - 1, segment)
-        assert list(found) == expected_visits
+        assert order.find(segment, name, window, step - 1) == expected_visits
         last = rng.randrange(step)
-        over = [v for k in range(len(order.segments)) for v in seen.get((k, name, window), [])]
-        assert list(order.find(name, window, last)) == [v for v in over if v[0] <= last]
+        seen_so_far = [visit for visit in expected_visits if visit[0] <= last]
+        assert order.find(segment, name, window, last) == seen_so_far
 
 
 @pytest.mark.parametrize("runs", [200, pytest.param(2000, marks=pytest.mark.slow)])
@@ -318,7 +315,8 @@ def test_skipped_batches_are_exactly_those_that_were_drawn(rng: random.Random) -
         assert not bad & drawn(after, range(a + 60))
         assert sum(after.skipped(a).values()) == len(bad) == (b - a) * 7
         for source, _, window in list(bad)[:5]:
-            assert not list(after.find(after.names[source], window, a + 60))
+            for k in (0, 1):
+                assert not after.find(k, after.names[source], window, a + 60)
 
 
 def test_ramp_planned_ahead_is_dropped_by_a_later_change() -> None:
@@ -329,7 +327,7 @@ def test_ramp_planned_ahead_is_dropped_by_a_later_change() -> None:
     assert [len(order.batch(s).windows) for s in (9, 10, 19, 20)] == [2, 4, 4, 8]
     changed, _ = order.append(15, weights={"a": 1, "b": 2})
     assert [s.first_step for s in changed.segments] == [0, 10, 15]
-    assert changed.counts(15) == order.counts(15)
+    assert changed.source_tokens(15) == order.source_tokens(15)
 
 
 def test_merge_ranges(rng: random.Random) -> None:
@@ -360,12 +358,13 @@ def test_a_thousand_sources_and_a_trillion_tokens(rng: random.Random) -> None:
     windows = {name: rng.randrange(1, 10**8) for name in names}
     order = Order.start(1, batch_windows=2048, seq_len=2048, weights=weights, windows=windows)
     last = 10**12 // (2048 * 2048)
-    before, after = order.counts(last), order.counts(last + 1)
+    before, after = order.source_tokens(last), order.source_tokens(last + 1)
+    assert order.counts(last) == {name: tokens // 2048 for name, tokens in before.items()}
     drawn = order.batch(last)
     total, samples = sum(weights.values()), last * 2048
     for index, name in enumerate(order.names):
-        assert abs(before[name] * total - samples * weights[name]) < total
-        assert after[name] - before[name] == (drawn.sources == index).sum()
+        assert abs(before[name] // 2048 * total - samples * weights[name]) < total
+        assert after[name] - before[name] == 2048 * (drawn.sources == index).sum()
     row = rng.randrange(2048)
     name, window = order.names[drawn.sources[row]], int(drawn.windows[row])
-    assert (last, row) in list(order.find(name, window, last))
+    assert (last, row) in order.find(0, name, window, last)

@@ -8,6 +8,8 @@ says what it was made from. The same documents and options give the same bytes.
 import hashlib
 import heapq
 import io
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +41,20 @@ FIXED: dict[str, Any] = {
     "shuffle_input_sentence": False,
     "num_threads": 16,
 }
-SMALLEST_VOCAB = 3 + 256 + 1  # unk, BOS, EOS, the bytes, and a character
+# Options, the least and the most that each may be.
+LIMITS: tuple[tuple[str, float, float], ...] = (
+    ("vocab_size", 3 + 256 + 1, math.inf),  # unk, BOS, EOS, the bytes, and a character
+    ("character_coverage", 0.98, 1),
+    ("sample_bytes", 1, math.inf),
+    ("max_line_bytes", 16, 1 << 30),
+)
+
+# What the trainer says of a vocabulary that does not fit, and what that means.
+MISFITS = {
+    r"set it to a value <= (\d+)": "too large for this text: %s is the largest that fits",
+    r"smaller than required_chars\. \d+ vs (\d+)": "too small for the characters of this text:"
+    " it takes %s, or a lower character_coverage",
+}
 
 # The trainer marks uncovered characters with this one and leaves out lines that hold it.
 RESERVED = "\u2585"
@@ -63,25 +78,23 @@ class Sample:
     def texts(self) -> Iterator[str]:
         """The texts `passes` times; the last pass may end early."""
         left = self.passes * self.bytes
-        while left > 0 and self.bytes:
-            for text, _ in self.documents:
-                if left <= 0:
-                    break
-                left -= len(text.encode())
-                yield text
+        for text, _ in itertools.cycle(self.documents):
+            if left <= 0:
+                return
+            left -= len(text.encode())
+            yield text
 
 
 def find_sources(folder: Path, weights: dict[str, float] | None) -> dict[str, list[Path]]:
     """Document files of the sources to learn from; `UserError` for one that has none."""
     if not folder.is_dir():
         raise UserError(f"--input {folder} is no folder")
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not there:
         raise UserError(f"--input {folder} holds no folder of documents per source")
-    found = {}
-    for name in sorted(weights or there):
-        found[name] = files.document_files(folder / name)
-        if not found[name]:
+    found = {name: files.document_files(folder / name) for name in sorted(weights or there)}
+    for name, paths in found.items():
+        if not paths:
             known = " or ".join(files.DOCUMENT_SUFFIXES)
             raise UserError(f"source {name} has no documents in {folder / name} ({known})")
     if weights and (others := [name for name in there if name not in weights]):
@@ -173,29 +186,21 @@ def train(lines: Iterable[str], vocab_size: int, coverage: float, max_line_bytes
             **FIXED,
         )
     except RuntimeError as error:
-        if found := re.search(r"set it to a value <= (\d+)", str(error)):
-            raise UserError(
-                f"vocab_size {vocab_size} is too large for this text: {found[1]} is the largest"
-                " that fits"
-            ) from error
-        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise UserError(
-                f"vocab_size {vocab_size} is too small for the characters of this text: it takes"
-                f" {found[1]}, or a lower character_coverage"
-            ) from error
+        for reason, meaning in MISFITS.items():
+            if found := re.search(reason, str(error)):
+                raise UserError(f"vocab_size {vocab_size} is {meaning % found[1]}") from error
         raise
     return model.getvalue()
 
 
 def bytes_per_token(tokenizer: Tokenizer, documents: Iterable[tuple[str, str]]) -> dict[str, float]:
     """Language -> bytes per token, on the first texts of each."""
-    sizes: dict[str, list[int]] = {}
+    texts, tokens = Counter[str](), Counter[str]()
     for text, language in documents:
-        size = sizes.setdefault(language, [0, 0])
-        if size[0] < MEASURED_BYTES and text:
-            size[0] += len(text.encode())
-            size[1] += len(tokenizer.encode_array(text))
-    return {name: text / ids for name, (text, ids) in sorted(sizes.items()) if ids}
+        if text and texts[language] < MEASURED_BYTES:
+            texts[language] += len(text.encode())
+            tokens[language] += len(tokenizer.encode_array(text))
+    return {name: texts[name] / tokens[name] for name in sorted(texts)}
 
 
 def report(manifest: dict[str, Any]) -> str:
@@ -213,28 +218,23 @@ def report(manifest: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
-def sample_all(
-    sources: dict[str, list[Path]], weights: dict[str, float] | None, size: int, seed: int
-) -> tuple[dict[str, Sample], dict[str, float]]:
-    """A sample per source and the weights; without weights, those of the sources' own sizes."""
-    shares = weights
-    if shares is None:
-        disk = {name: sum(p.stat().st_size for p in paths) for name, paths in sources.items()}
-        shares = {name: bytes_ / sum(disk.values()) for name, bytes_ in disk.items()}
-    samples = {}
-    with cli.Progress("read", sum(map(len, sources.values())), "files") as progress:
-        for name, paths in sources.items():
-            samples[name] = sample(paths, name, size * shares[name], seed, progress)
-    if weights is None:
-        total = sum(s.bytes for s in samples.values())
-        weights = {name: s.bytes / total for name, s in samples.items()}
-    balance(samples, weights, size)
-    return samples, weights
+def _shares(sizes: dict[str, int]) -> dict[str, float]:
+    total = sum(sizes.values())
+    return {name: size / total for name, size in sizes.items()}
 
 
 def make(args: Any, sources: dict[str, list[Path]], plan: dict[str, Any]) -> dict[str, Any]:
     """Train and write the folder; returns its manifest."""
-    samples, weights = sample_all(sources, plan["mixture"], args.sample_bytes, args.seed)
+    disk = {name: sum(path.stat().st_size for path in paths) for name, paths in sources.items()}
+    # without a mixture, sources have the weights of their sizes
+    shares = plan["mixture"] or _shares(disk)
+    with cli.Progress("read", sum(map(len, sources.values())), "files") as progress:
+        samples = {
+            name: sample(paths, name, args.sample_bytes * shares[name], args.seed, progress)
+            for name, paths in sources.items()
+        }
+    weights = plan["mixture"] or _shares({name: s.bytes for name, s in samples.items()})
+    balance(samples, weights, args.sample_bytes)
     count: Counter[str] = Counter()
 
     def lines() -> Iterator[str]:
@@ -277,9 +277,8 @@ def _plan(
     args: Any, sources: dict[str, list[Path]], weights: dict[str, float] | None
 ) -> dict[str, Any]:
     """What the bytes of the model follow from: options, weights, and files by name and size."""
-    folder = Path(args.input)
     listed = [
-        (path.relative_to(folder).as_posix(), path.stat().st_size)
+        (path.relative_to(args.input).as_posix(), path.stat().st_size)
         for paths in sources.values()
         for path in paths
     ]
@@ -311,25 +310,19 @@ def _parser() -> cli.Parser:
     return p
 
 
-def _check(args: Any) -> None:
-    if args.vocab_size < SMALLEST_VOCAB:
-        raise UserError(f"vocab_size is {args.vocab_size}, expected {SMALLEST_VOCAB} or more")
-    if not 0.98 <= args.character_coverage <= 1:
-        raise UserError(f"character_coverage is {args.character_coverage}, expected 0.98 to 1")
-    if args.sample_bytes < 1:
-        raise UserError(f"sample_bytes is {args.sample_bytes}, expected 1 or more")
-    if not 16 <= args.max_line_bytes <= 1 << 30:
-        raise UserError(f"max_line_bytes is {args.max_line_bytes}, expected 16 to {1 << 30}")
-
-
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
-    _check(args)
+    for name, least, most in LIMITS:
+        if not least <= getattr(args, name) <= most:
+            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise UserError(f"{name} is {getattr(args, name)}, expected {expected}")
     weights = config.read_mixture(args.mixture) if args.mixture else None
     sources = find_sources(Path(args.input), weights)
     plan = _plan(args, sources, weights)
     output = Path(args.output)
-    if output.exists():
+    if not output.exists():
+        manifest = make(args, sources, plan)
+    else:
         made = output / "manifest.json"
         manifest = files.read_json(made) if made.exists() else {}
         if manifest.get("plan") != plan:
@@ -338,8 +331,6 @@ def main(argv: list[str]) -> None:
                 " remove it or take another --output"
             )
         print(f"{output} is there already")
-    else:
-        manifest = make(args, sources, plan)
     print(report(manifest))
 
 

@@ -40,11 +40,12 @@ def open_pair(prefix: Path, vocab_size: int) -> tuple[Index, Path]:
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but its index describes {expected}")
     for first in range(0, int(index.starts[-1]), SCANNED_AT_ONCE):
-        offset = first * index.dtype.itemsize
-        check_ids(
-            np.fromfile(path, index.dtype, SCANNED_AT_ONCE, offset=offset), vocab_size, path, first
-        )
+        check_ids(_read(path, index, first, SCANNED_AT_ONCE), vocab_size, path, first)
     return index, path
+
+
+def _read(path: Path, index: Index, first: int, count: int) -> NDArray[Any]:
+    return np.fromfile(path, index.dtype, count, offset=first * index.dtype.itemsize)
 
 
 def adopt(
@@ -65,9 +66,7 @@ def adopt(
             with ShardWriter(output, f"{unit:05d}", vocabulary, valid_per_10k) as writer:
                 for document in np.flatnonzero(units == unit).tolist():
                     first, end = index.starts[document : document + 2].tolist()
-                    tokens = np.fromfile(
-                        path, index.dtype, end - first, offset=first * index.dtype.itemsize
-                    )
+                    tokens = _read(path, index, first, end - first)
                     if len(tokens):
                         tokens = _wrapped(tokens, vocabulary, counts)
                         writer.add(f"{prefix.name}:{document}", tokens, 0)
@@ -85,12 +84,10 @@ def adopt(
 
 def _wrapped(tokens: NDArray[Any], vocabulary: Vocabulary, counts: Counter[str]) -> NDArray[Any]:
     """The document between one BOS and one EOS."""
-    lacks_bos, lacks_eos = tokens[0] != vocabulary.bos_id, tokens[-1] != vocabulary.eos_id
-    counts["bos_added"] += bool(lacks_bos)
-    counts["eos_added"] += bool(lacks_eos)
-    counts["eos_inside"] += int((tokens[:-1] == vocabulary.eos_id).sum())
-    head = [vocabulary.bos_id] if lacks_bos else []
-    tail = [vocabulary.eos_id] if lacks_eos else []
+    bos, eos = vocabulary.bos_id, vocabulary.eos_id
+    head, tail = [bos] * int(tokens[0] != bos), [eos] * int(tokens[-1] != eos)
+    inside = int((tokens[:-1] == eos).sum())
+    counts.update(bos_added=len(head), eos_added=len(tail), eos_inside=inside)
     return np.concatenate([head, tokens, tail]).astype(vocabulary.dtype)
 
 
@@ -103,13 +100,8 @@ def main(argv: list[str]) -> None:
     p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
     args = p.parse_args(argv)
     check_options(args.valid_per_10k, args.shard_tokens)
-    counts = adopt(
-        Path(args.input),
-        args.tokenizer,
-        Path(args.output),
-        args.valid_per_10k,
-        cli.count(args.shard_tokens),
-    )
+    prefix, output, tokens = Path(args.input), Path(args.output), cli.count(args.shard_tokens)
+    counts = adopt(prefix, args.tokenizer, output, args.valid_per_10k, tokens)
     print(f"{counts['documents']} documents, {counts['empty']} of them empty and left out")
     print(f"BOS added to {counts['bos_added']}, EOS to {counts['eos_added']}")
     if counts["eos_inside"]:

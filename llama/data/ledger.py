@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,9 +54,6 @@ class Place(NamedTuple):
     end: int
 
 
-# -- forwards: the documents of a step -------------------------------------------------------------
-
-
 def documents_of_step(order: Order, sources: Mapping[str, Source], step: int) -> list[Passage]:
     """Every document in the batch of ``step`` (from 0), row by row."""
     segment, drawn = order.segment(step), order.batch(step)
@@ -78,17 +75,15 @@ def documents_of_step(order: Order, sources: Mapping[str, Source], step: int) ->
 
 def stretches(source: Source, first: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
     """(shard, document, first, end, length) of what tokens [first, end) hold of each document."""
-    while first < end:
-        shard = source.shard_at(first)
-        start = source.shards[shard].start
+    for shard in range(source.shard_at(first), source.shard_at(end - 1) + 1):
         starts = _starts(source.path(shard, ".idx"))
-        stop = min(end, start + int(starts[-1]))
-        number = int(np.searchsorted(starts, first - start, side="right")) - 1
-        while first < stop:
-            begin, after = (int(at) + start for at in starts[number : number + 2])
+        a, b = first - source.shards[shard].start, end - source.shards[shard].start
+        low = max(0, int(np.searchsorted(starts, a, side="right")) - 1)
+        high = int(np.searchsorted(starts, b))
+        borders = starts[low : high + 1].tolist()
+        for number, (begin, after) in enumerate(pairwise(borders), low):
             if begin < after:
-                yield shard, number, first - begin, min(stop, after) - begin, after - begin
-            first, number = max(first, min(stop, after)), number + 1
+                yield shard, number, max(a, begin) - begin, min(b, after) - begin, after - begin
 
 
 def document_ids(source: Source, shard: int, numbers: set[int]) -> dict[int, str]:
@@ -109,9 +104,6 @@ def _refuse_other_shards(source: Source, segment: Segment) -> None:
             f"{source.folder} holds {now} windows of {segment.seq_len} tokens, but the run drew"
             f" from {then}: its shards were replaced"
         )
-
-
-# -- backwards: the steps of a document ------------------------------------------------------------
 
 
 def locate(source: Source, document: str) -> Place | None:
@@ -155,9 +147,6 @@ def steps_of_document(order: Order, place: Place, last_step: int) -> list[tuple[
     return sorted(visits)
 
 
-# -- tokens per source -----------------------------------------------------------------------------
-
-
 def planned(order: Order, step: int) -> dict[str, Fraction]:
     """Tokens that the weights give each source before a step."""
     total = dict.fromkeys(order.names, Fraction(0))
@@ -190,9 +179,6 @@ def spent_table(order: Order, sources: Mapping[str, Source], step: int, steps: i
     return "\n".join(lines)
 
 
-# -- the command -----------------------------------------------------------------------------------
-
-
 def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:
     """(configuration, order, sources, steps done) of a run folder or one of its checkpoints."""
     run = path.parent.parent if re.fullmatch(r"step-\d+", path.name) else path
@@ -212,6 +198,29 @@ def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:
     return cfg, schedule.plan(cfg, sources), sources, 0
 
 
+def print_step(order: Order, sources: Mapping[str, Source], step: int, done: int) -> None:
+    rows = [
+        (p.row, p.source, p.epoch + 1, p.window, f"{p.first}-{p.end - 1} of {p.of}", p.document)
+        for p in documents_of_step(order, sources, step - 1)
+    ]
+    print(f"step {step}, {'trained' if step <= done else 'not trained yet'}")
+    print(cli.table(("row", "source", "epoch", "window", "its tokens", "document"), rows))
+
+
+def print_place(order: Order, place: Place, document: str, done: int, steps: int) -> None:
+    where = place.source.path(place.shard)
+    print(f"{document}: {place.end - place.first} tokens, document {place.number} of {where}")
+    if place.source.split == "valid":
+        print("held out for validation: no step trains on it")
+        return
+    rows = [
+        (step + 1, row, window, "trained" if step < done else "planned")
+        for step, row, window in steps_of_document(order, place, steps - 1)
+    ]
+    header = ("step", "row", "window", "")
+    print(cli.table(header, rows) if rows else f"in none of {steps} steps")
+
+
 def main(argv: list[str]) -> None:
     p = cli.parser("python -m llama.data.ledger", "What a run has read and will read.")
     p.add_argument("run", type=str, help="a run folder, or one of its checkpoints")
@@ -228,44 +237,14 @@ def main(argv: list[str]) -> None:
     elif args.step is not None:
         if not 1 <= args.step <= steps:
             raise UserError(f"--step is {args.step}, the run has the steps 1 to {steps}")
-        print_step(order, sources, args.step, args.step <= done)
+        print_step(order, sources, args.step, done)
     else:
         valid = open_sources(cfg.data.path, sources, "valid")
-        print_document(order, sources, valid, args.document, done, steps)
-
-
-def print_step(order: Order, sources: Mapping[str, Source], step: int, done: bool) -> None:
-    rows = [
-        (p.row, p.source, p.epoch + 1, p.window, f"{p.first}-{p.end - 1} of {p.of}", p.document)
-        for p in documents_of_step(order, sources, step - 1)
-    ]
-    print(f"step {step}, {'trained' if done else 'not trained yet'}")
-    print(cli.table(("row", "source", "epoch", "window", "its tokens", "document"), rows))
-
-
-def print_document(
-    order: Order,
-    sources: Mapping[str, Source],
-    valid: Mapping[str, Source],
-    document: str,
-    done: int,
-    steps: int,
-) -> None:
-    places = [locate(source, document) for source in (*sources.values(), *valid.values())]
-    if not any(places):
-        raise UserError(f"no document {document!r} in {', '.join(sources)}")
-    for place in filter(None, places):
-        where = place.source.path(place.shard)
-        print(f"{document}: {place.end - place.first} tokens, document {place.number} of {where}")
-        if place.source.split == "valid":
-            print("held out for validation: no step trains on it")
-            continue
-        rows = [
-            (step + 1, row, window, "trained" if step < done else "planned")
-            for step, row, window in steps_of_document(order, place, steps - 1)
-        ]
-        header = ("step", "row", "window", "")
-        print(cli.table(header, rows) if rows else f"in none of {steps} steps")
+        places = [locate(source, args.document) for source in (*sources.values(), *valid.values())]
+        if not any(places):
+            raise UserError(f"no document {args.document!r} in {', '.join(sources)}")
+        for place in filter(None, places):
+            print_place(order, place, args.document, done, steps)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from llama.cli import UserError
 from llama.data.order import Order
 from llama.data.shards import Source
 
@@ -29,9 +28,6 @@ class Loader:
     """Reads the batches of an order. Has no state to save: the step is all it needs."""
 
     def __init__(self, sources: Mapping[str, Source], order: Order, pin: bool = True) -> None:
-        missing = sorted(set(order.segments[-1].weights) - set(sources))
-        if missing:
-            raise UserError(f"no shards are open for the sources {', '.join(missing)}")
         self.sources, self.order = sources, order
         self.pin = pin and torch.cuda.is_available()
         self.waited_s = 0.0
@@ -44,28 +40,21 @@ class Loader:
 
         Raises ``UserError`` with file and byte for a short read or an id outside the vocabulary.
         """
-        segment = self.order.segment(step)
-        drawn = self.order.batch(step)
-        names, length = self.order.names, segment.seq_len
+        segment, drawn = self.order.segment(step), self.order.batch(step)
+        length = segment.seq_len
         out = torch.empty((hi - lo, length + 1), dtype=torch.int64, pin_memory=self.pin)
         rows = out.numpy()
-        picked, windows = drawn.sources[lo:hi].tolist(), drawn.windows[lo:hi].tolist()
-        places = [
-            (self.sources[names[index]], window)
-            for index, window in zip(picked, windows, strict=True)
-        ]
-        for row, (source, window) in zip(rows, places, strict=True):
-            if source.n_windows(length) != segment.windows[source.name]:
-                raise UserError(
-                    f"{source.folder}: {source.n_windows(length)} windows of {length} tokens, but"
-                    f" the run's order was made for {segment.windows[source.name]}"
-                )
+        picked = [self.sources[self.order.names[i]] for i in drawn.sources[lo:hi].tolist()]
+        windows = drawn.windows[lo:hi].tolist()
+        for row, source, window in zip(rows, picked, windows, strict=True):
+            # resuming gives an order of its own to other shards
+            assert source.n_windows(length) == segment.windows[source.name], source.folder
             self._reading = f"window {window} of {source.folder}"
             row[:] = source.read(window * length, length + 1)
         # one pass over the batch; only a failure looks for the row
         limit = min(source.vocab_size for source in self.sources.values())
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
-            for row, (source, window) in zip(rows, places, strict=True):
+            for row, source, window in zip(rows, picked, windows, strict=True):
                 source.check_ids(row.astype(source.dtype), window * length)
         return out, torch.from_numpy(drawn.sources[lo:hi].copy())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from decimal import ROUND_HALF_UP, Decimal
 from fractions import Fraction
 
 from llama import cli, config
@@ -29,11 +28,6 @@ PAPER_EPOCHS = {
 MANY_EPOCHS = 4  # repeating data beyond this gives little (Muennighoff et al., 2023)
 
 
-def epochs(tokens: int, share: Fraction, source_tokens: int) -> Fraction:
-    """How often a run of ``tokens`` reads a source that gets this share of them."""
-    return tokens * share / source_tokens
-
-
 def plan_table(
     weights: Mapping[str, float], tokens: int, source_tokens: Mapping[str, int] | None = None
 ) -> str:
@@ -43,30 +37,26 @@ def plan_table(
     """
     integers = integer_weights(weights)
     total, weight_sum = sum(integers.values()), math.fsum(weights.values())
-    rows, often = [], []
+    rows, often, off = [], [], 0.0
     for name, weight in integers.items():
-        share, has, passes = Fraction(weight, total), "-", "-"
+        draws, has, epochs = Fraction(tokens * weight, total), "-", "-"
         if source_tokens is not None:
-            exact = epochs(tokens, share, source_tokens[name])
-            has, passes = cli.show_count(source_tokens[name]), _two_places(exact)
-            often += [name] if exact > MANY_EPOCHS else []
-        draws = cli.show_count(float(tokens * share))
+            passes = draws / source_tokens[name]
+            # halves round up, as in printed tables: 2.625 is 2.63
+            rounded = math.floor(100 * passes + Fraction(1, 2)) / 100
+            has, epochs = cli.show_count(source_tokens[name]), f"{rounded:.2f}"
+            often += [name] if passes > MANY_EPOCHS else []
+        wanted = weights[name] / weight_sum
+        off = max(off, abs(wanted - weight / total))
         paper = f"{PAPER_EPOCHS[name]:.2f}" if name in PAPER_EPOCHS else "-"
-        rows.append((name, f"{weights[name] / weight_sum:.3%}", has, draws, passes, paper))
+        rows.append((name, f"{wanted:.3%}", has, cli.show_count(float(draws)), epochs, paper))
     header = ("source", "weight", "has tokens", "run draws", "epochs", "paper's")
     lines = [cli.table(header, rows)]
-    off = max(abs(weights[n] / weight_sum - integers[n] / total) for n in integers)
     if off > 1e-12:
         lines.append(f"weights rounded to n/{total}, each off by at most {off:.2e}")
     if often:
         lines.append(f"read more than {MANY_EPOCHS} times: {', '.join(often)}")
     return "\n".join(lines)
-
-
-def _two_places(value: Fraction) -> str:
-    """Halves round up, as in printed tables: 2.625 is 2.63."""
-    exact = Decimal(value.numerator) / Decimal(value.denominator)
-    return str(exact.quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
 def parse_counts(text: str) -> dict[str, int]:
@@ -76,10 +66,9 @@ def parse_counts(text: str) -> dict[str, int]:
         name, equals, value = part.partition("=")
         if not equals or not name.strip():
             raise UserError(f"--source_tokens: {part!r} is not of the form source=175B")
-        counts[name.strip()] = cli.count(value)
-    for name, n in counts.items():
+        counts[name.strip()] = n = cli.count(value)
         if n <= 0:
-            raise UserError(f"--source_tokens: {name} has {n} tokens, expected more than 0")
+            raise UserError(f"--source_tokens: {name.strip()} has {n} tokens, expected more than 0")
     return counts
 
 

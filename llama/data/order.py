@@ -49,9 +49,12 @@ class Segment:
     starts: dict[str, tuple[int, int]]
     skipped: Ranges = ()
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 def to_json(segments: Iterable[Segment]) -> list[dict[str, Any]]:
-    return [asdict(segment) for segment in segments]
+    return [segment.to_json() for segment in segments]
 
 
 def from_json(segments: Iterable[Mapping[str, Any]]) -> tuple[Segment, ...]:
@@ -89,9 +92,9 @@ class _Gaps:
 
     def number(self, sample: ArrayLike) -> tuple[Ints, NDArray[np.bool_]]:
         """(number, whether it is trained at all)."""
-        gaps = np.searchsorted(self.end, sample, side="right")
-        starts = np.append(self.first, np.iinfo(np.int64).max)
-        return np.asarray(sample) - self.before[gaps], np.asarray(sample) < starts[gaps]
+        begun = np.searchsorted(self.first, sample, side="right")
+        over = np.searchsorted(self.end, sample, side="right")
+        return np.asarray(sample) - self.before[over], begun == over
 
 
 class _Plan:
@@ -150,8 +153,7 @@ class Order:
 
     def batch(self, step: int) -> Batch:
         """The whole global batch of a step."""
-        k = self._index(step)
-        plan, segment = self._plan(k), self.segments[k]
+        plan, segment = self._plan(self._index(step)), self.segment(step)
         samples = self._samples(step, segment.batch_windows) - segment.first_sample
         block, slot = np.divmod(samples, plan.period)
         source = plan.table[slot]
@@ -172,6 +174,11 @@ class Order:
     def tokens(self, step: int) -> int:
         """Tokens trained on before a step."""
         return sum(n * s.batch_windows * s.seq_len for s, n in self.steps_before(step))
+
+    def counts(self, step: int) -> dict[str, int]:
+        """Windows of each source consumed before a step, the skipped ones among them."""
+        windows = self._visits(self.position(step)).sum(axis=0)
+        return dict(zip(self.names, windows.tolist(), strict=True))
 
     def skipped(self, step: int) -> dict[str, int]:
         """Windows of each source passed over, never trained on, before a step."""
@@ -258,20 +265,18 @@ class Order:
         return self._plans[k]
 
     def _samples(self, step: int, n: int) -> Ints:
-        segment = self.segments[self._index(step)]
-        first = int(self._gaps.number(segment.first_sample)[0])
+        segment = self.segment(step)
+        first = self._gaps.number(segment.first_sample)[0]
         first += (step - segment.first_step) * segment.batch_windows
         return self._gaps.sample(first + np.arange(n))
 
     def _visits(self, sample: int) -> Ints:
         """Visits before a sample of the run, the skipped among them: (segments, sources)."""
-        ends = [*(segment.first_sample for segment in self.segments[1:]), sample]
-        return np.array(
-            [
-                self._plan(k).counts(max(0, min(end, sample) - segment.first_sample))
-                for k, (segment, end) in enumerate(zip(self.segments, ends, strict=True))
-            ]
-        )
+        visits = []
+        for k, segment in enumerate(self.segments):
+            end = min([sample, *(later.first_sample for later in self.segments[k + 1 : k + 2])])
+            visits.append(self._plan(k).counts(max(0, end - segment.first_sample)))
+        return np.array(visits)
 
     def _skipped(self, sample: int) -> Ints:
         """Visits before a sample that are passed over: (segments, sources)."""

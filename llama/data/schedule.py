@@ -7,26 +7,15 @@ or shards gets new segments from its present step on, and every source goes on w
 from typing import Any
 
 from llama.config import Config
-from llama.data.order import Order, Segment, from_json, integer_weights
+from llama.data.order import Order, from_json, integer_weights
 from llama.data.shards import Source
-
-
-def phases(cfg: Config) -> list[tuple[int, int]]:
-    """(first step, windows per batch) of the ramp and of the full batch after it."""
-    found, first_step = [], 0
-    for batch_tokens, steps in cfg.train.batch_ramp:
-        found.append((first_step, batch_tokens // cfg.data.seq_len))
-        first_step += steps
-    return [*found, (first_step, cfg.train.batch_tokens // cfg.data.seq_len)]
 
 
 def plan(cfg: Config, sources: dict[str, Source]) -> Order:
     """The order of a new run."""
-    (_, windows), *later = phases(cfg)
+    (_, windows), *_ = _phases(cfg)
     order = Order.start(cfg.seed, batch_windows=windows, **_common(cfg, sources))
-    for first_step, windows in later:
-        order, _ = order.append(first_step, batch_windows=windows)
-    return order
+    return _with_ramp(order, cfg, 0)
 
 
 def go_on(
@@ -44,13 +33,26 @@ def go_on(
     past, wanted = Order(cfg.seed, from_json(saved)), plan(cfg, sources)
     if not changed and _ahead(past, step) == _ahead(wanted, step):
         return past, {}
-    now, *later = [s for s in _ahead(wanted, step)]
-    order, unread = past.append(
-        step, batch_windows=now[1], restart=changed, **_common(cfg, sources)
-    )
-    for first_step, windows, *_ in later:
-        order, _ = order.append(first_step, batch_windows=windows)
-    return order, unread
+    windows, common = wanted.segment(step).batch_windows, _common(cfg, sources)
+    order, unread = past.append(step, batch_windows=windows, restart=changed, **common)
+    return _with_ramp(order, cfg, step), unread
+
+
+def _phases(cfg: Config) -> list[tuple[int, int]]:
+    """(first step, windows per batch) of the ramp and of the full batch after it."""
+    found, first_step = [], 0
+    for batch_tokens, steps in cfg.train.batch_ramp:
+        found.append((first_step, batch_tokens // cfg.data.seq_len))
+        first_step += steps
+    return [*found, (first_step, cfg.train.batch_tokens // cfg.data.seq_len)]
+
+
+def _with_ramp(order: Order, cfg: Config, step: int) -> Order:
+    """The order with a segment for each phase that begins after a step."""
+    for first_step, windows in _phases(cfg):
+        if first_step > step:
+            order, _ = order.append(first_step, batch_windows=windows)
+    return order
 
 
 def _common(cfg: Config, sources: dict[str, Source]) -> dict[str, Any]:
@@ -63,15 +65,11 @@ def _common(cfg: Config, sources: dict[str, Source]) -> dict[str, Any]:
     }
 
 
-def _ahead(order: Order, step: int) -> list[tuple[int, int, int, dict[str, int], dict[str, int]]]:
-    """What an order does from a step on: (first step, batch, T, weights, windows) per segment."""
-    ends = [s.first_step for s in order.segments[1:]] + [None]
-
-    def sizes(s: Segment) -> dict[str, int]:
-        return {name: s.windows[name] for name in s.weights}
-
-    return [
-        (max(s.first_step, step), s.batch_windows, s.seq_len, s.weights, sizes(s))
-        for s, end in zip(order.segments, ends, strict=True)
-        if end is None or end > step
-    ]
+def _ahead(order: Order, step: int) -> list[tuple[Any, ...]]:
+    """What an order does from a step on, segment by segment."""
+    ahead = [order.segment(step), *(s for s in order.segments if s.first_step > step)]
+    found = []
+    for s in ahead:
+        sizes = {name: s.windows[name] for name in s.weights}
+        found.append((max(s.first_step, step), s.batch_windows, s.seq_len, s.weights, sizes))
+    return found

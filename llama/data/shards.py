@@ -14,7 +14,7 @@ import resource
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from llama.cli import UserError
 from llama.data.indexed import DTYPES, HEADER, SUFFIXES, Dtype, check_ids, read_header, read_index
 
 USAGE = "python -m llama.data.shards {check,adopt}, each with --help"
+ALIKE = ("tokenizer_sha256", "vocab_size", "dtype", "bos_id", "eos_id")  # in sources of one run
 READ_AT_OPEN = 1 << 25  # a source of fewer tokens is read whole when opened, others at both ends
 
 
@@ -37,7 +38,7 @@ class Shard:
     documents: int
     tokens: int
     start: int
-    hashes: dict[str, str] = field(repr=False)
+    hashes: dict[str, str]
 
 
 class Source:
@@ -95,10 +96,12 @@ class Source:
 
     def check_ids(self, tokens: NDArray[Any], offset: int) -> None:
         """Refuse ids outside the vocabulary among tokens read at ``offset``."""
-        for k in range(self.shard_at(offset), self.shard_at(offset + len(tokens) - 1) + 1):
-            first = max(offset, self._starts[k])
-            here = tokens[first - offset :][: self.shards[k].start + self.shards[k].tokens - first]
-            check_ids(here, self.vocab_size, self.path(k), first - self._starts[k])
+        while len(tokens):
+            k = self.shard_at(offset)
+            first = offset - self.shards[k].start
+            inside = min(len(tokens), self.shards[k].tokens - first)
+            check_ids(tokens[:inside], self.vocab_size, self.path(k), first)
+            tokens, offset = tokens[inside:], offset + inside
 
     def close(self) -> None:
         with self._lock:
@@ -107,22 +110,21 @@ class Source:
             self._files.clear()
 
     def _read_shard(self, k: int, first: int, count: int) -> NDArray[Any]:
-        byte, size = first * self.dtype.itemsize, count * self.dtype.itemsize
-        parts = []
-        while size:
+        byte, end = first * self.dtype.itemsize, (first + count) * self.dtype.itemsize
+        data = b""
+        while byte < end:
             try:
-                data = os.pread(self._file(k), size, byte)
+                more = os.pread(self._file(k), end - byte, byte)
             except OSError as error:
                 raise UserError(f"{self.path(k)}: byte {byte}: {error.strerror}") from error
-            if not data:
+            if not more:
                 ends = os.fstat(self._file(k)).st_size
                 raise UserError(
-                    f"{self.path(k)} ends at byte {ends}, but tokens up to byte {byte + size} were"
-                    " there when it was opened"
+                    f"{self.path(k)} ends at byte {ends}, but tokens up to byte {end} were there"
+                    " when it was opened"
                 )
-            parts.append(data)
-            byte, size = byte + len(data), size - len(data)
-        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
+            data, byte = data + more, byte + len(more)
+        return np.frombuffer(data, self.dtype)
 
     def _file(self, k: int) -> int:
         if k not in self._files:
@@ -136,9 +138,9 @@ class Source:
         shard, path, index = self.shards[k], self.path(k), self.path(k, ".idx")
         expected = shard.tokens * self.dtype.itemsize
         try:
-            size, index_size = path.stat().st_size, index.stat().st_size
+            size = path.stat().st_size
             with open(index, "rb") as file:
-                head = file.read(HEADER.size)
+                head, index_size = file.read(HEADER.size), index.stat().st_size
                 dtype, sequences, documents = read_header(index, head, index_size)
                 file.seek(HEADER.size + 4 * max(0, sequences - 1))
                 last_tokens = int.from_bytes(file.read(4), "little", signed=True)
@@ -163,7 +165,7 @@ class Source:
         """Constant work for a large source."""
         tokens = self.shards[k].tokens
         some = min(tokens, 4096) if self.n_tokens > READ_AT_OPEN else tokens
-        for first in {0, tokens - some}:
+        for first in sorted({0, tokens - some}):
             check_ids(self._read_shard(k, first, some), self.vocab_size, self.path(k), first)
 
 
@@ -195,26 +197,22 @@ def open_sources(
     for name in names:
         path = folder / name / split
         if not (path / "manifest.json").is_file():
-            there = sorted(
-                each.parent.parent.name for each in folder.glob(f"*/{split}/manifest.json")
-            )
-            raise UserError(
-                f"{path} holds no finished source; {folder} has: {', '.join(there) or '-'}"
-            )
+            finished = sorted(p.parts[-3] for p in folder.glob(f"*/{split}/manifest.json"))
+            has = ", ".join(finished) or "-"
+            raise UserError(f"{path} holds no finished source; {folder} has: {has}")
         sources[name] = Source(name, split, path)
-    _allow_open_files(sum(len(source.shards) for source in sources.values()))
-    for key in ("tokenizer_sha256", "vocab_size", "dtype", "bos_id", "eos_id"):
-        values = {name: getattr(source, key) for name, source in sources.items()}
-        first = next(iter(values), "")
-        for name, value in values.items():
-            if value != values[first]:
-                raise UserError(
-                    f"{folder}: sources differ in {key}:"
-                    f" {values[first]} in {first}, {value} in {name}"
-                )
+    opened = list(sources.values())
+    _allow_open_files(sum(len(source.shards) for source in opened))
+    for key, other in itertools.product(ALIKE, opened[1:]):
+        ours, theirs = getattr(opened[0], key), getattr(other, key)
+        if ours != theirs:
+            raise UserError(
+                f"{folder}: sources differ in {key}:"
+                f" {ours} in {opened[0].name}, {theirs} in {other.name}"
+            )
     model = folder / "tokenizer.model"
-    if sources and model.is_file():
-        digest, recorded = files.sha256(model), next(iter(sources.values())).tokenizer_sha256
+    if opened and model.is_file():
+        digest, recorded = files.sha256(model), opened[0].tokenizer_sha256
         if digest != recorded:
             raise UserError(
                 f"{model} (sha256 {digest[:12]}) is not the tokenizer that the shards beside it"
@@ -229,7 +227,7 @@ def _allow_open_files(n: int) -> None:
     wanted = n + 1024
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def check(folder: Path) -> tuple[int, list[str]]:
@@ -237,8 +235,8 @@ def check(folder: Path) -> tuple[int, list[str]]:
     manifests = sorted(folder.rglob("manifest.json"))
     if not manifests:
         raise UserError(f"{folder} holds no manifest.json of token shards")
-    wrong: list[str] = []
     n = 0
+    wrong: list[str] = []
     with cli.Progress("check", len(manifests), "splits") as progress:
         for path in manifests:
             try:
