@@ -55,14 +55,15 @@ class _CausalBlocks(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, out, *sums = ctx.saved_tensors
-        grad_q, grad_k, grad_v = torch.empty_like(q), None, None
+        grad_q, grad_k, grad_v = torch.empty_like(q), k, v
         for (rows, keys, mask), log_sum in zip(_blocks(q), sums, strict=True):
             of_queries = (x[:, :, rows] for x in (grad, q))
             of_keys = (x[:, :, keys] for x in (k, v))
             grad_q[:, :, rows], to_k, to_v = kernel(
                 *of_queries, *of_keys, out[:, :, rows], log_sum, 0.0, mask is None, attn_mask=mask
             )
-            if grad_k is None:
+            if grad_k is k:
+                # the first block taken, the last one, sees all keys
                 grad_k, grad_v = to_k, to_v
             else:
                 grad_k[:, :, keys] += to_k

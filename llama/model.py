@@ -53,9 +53,7 @@ class KVCache:
         B, T, K, D = k.shape
         if self.length == 0:
             # head by head in memory, as attention reads them
-            self.k, self.v = (
-                k.new_empty(B, K, self.capacity, D).transpose(1, 2) for _ in range(2)
-            )
+            self.k, self.v = (k.new_empty(B, K, self.capacity, D).transpose(1, 2) for _ in range(2))
         end = self.length + T
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         self.k[:, self.length : end] = k

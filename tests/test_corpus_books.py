@@ -34,7 +34,8 @@ STORY = "CHAPTER I\n\nIt began in the usual way.\n\n" + "And so it went on.\n" *
         (
             "Project Gutenberg Etext of A Story, by A. B.\n\nTitle: A Story\nAuthor: A. B.\n"
             "Language: English\n***START**THE SMALL PRINT!**FOR PUBLIC DOMAIN ETEXTS**START***\n"
-            "Why is this here?\n*END THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\n"
+            "Why is this here?\n"
+            "*END THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*\n\n"
             "This etext was produced from the 1908 edition\nby D. P.",
             "End of Project Gutenberg Etext of A Story",
         ),

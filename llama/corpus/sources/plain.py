@@ -152,7 +152,7 @@ def _posts(options: Options, piece: Piece) -> Iterator[Item]:
             if isinstance(row, Dropped):
                 yield row._replace(id=place)
             else:
-                meta = {key: row[key] for key in ("Id", "PostTypeId") if key in row}
+                meta: dict[str, Any] = {k: row[k] for k in ("Id", "PostTypeId") if k in row}
                 body = stackexchange.strip_tags(row.get("Body", "")).strip()
                 yield Document(place, body, options.source, meta)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama.cli import UserError
 from llama.config import Count
@@ -224,7 +224,7 @@ def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Ite
         if "\ufffd" in source:
             yield Noted("bytes that are not UTF-8")
         body = wikitext.plain_text(source, site.files, site.categories)
-        meta = {
+        meta: dict[str, Any] = {
             "title": title,
             "language": site.language,
             "url": f"https://{site.language}.wikipedia.org/wiki/{title.replace(' ', '_')}",

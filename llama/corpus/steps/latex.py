@@ -100,9 +100,9 @@ def find_main(files: Mapping[str, str]) -> str | None:
         if r"\begin{document}" in text or begins:
             stem = posixpath.basename(name).rpartition(".")[0].lower()
             likely = stem in ("main", "ms", "paper", "article", "manuscript", "root")
-            standalone = bool(begins) and "standalone" in text[begins.start() : begins.end() + 80]
+            declared = text[begins.start() : begins.end() + 80] if begins else ""
             whole = bool(begins) and r"\begin{document}" in text
-            found.append((not standalone, whole, likely, len(text), name))
+            found.append(("standalone" not in declared, whole, likely, len(text), name))
     return max(found)[-1] if found else None
 
 
