@@ -6,17 +6,17 @@ with `careful`, where every batch runs in a child process of its own and only th
 is lost. The bytes written are the same either way.
 """
 
-import os
-import pickle
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
+from llama.corpus import guard
 from llama.corpus.document import (
     SAMPLE_CHARS,
     Document,
@@ -30,7 +30,7 @@ from llama.corpus.document import (
 )
 from llama.corpus.journal import Record, stamp
 from llama.corpus.plan import Piece, Unit
-from llama.corpus.pool import Died, death
+from llama.corpus.pool import Died, Failed, death
 from llama.files import LineWriter
 
 BATCH_DOCUMENTS = 64
@@ -180,7 +180,7 @@ class _Tally:
 
     def drop(self, counts: Any, ended: Ended) -> bytes:
         """Count it, and put it on the quarantine's list; returns the line that is kept of it."""
-        id, reason, n_bytes, error = ended.dropped
+        id, reason, n_bytes, error, detail = ended.dropped
         group = "quarantined" if error else "dropped"
         counts[group][reason] += 1
         counts[f"{group}_bytes"][reason] += n_bytes
@@ -189,6 +189,8 @@ class _Tally:
             line["error"] = _valid(error)
             if len(self.listed) < MAX_LISTED:
                 self.listed.append({"id": id, "reason": reason, "error": line["error"]})
+        if detail:
+            line["detail"] = _valid(detail)
         self.samples[reason] += 1
         if ended.sample and self.samples[reason] <= SAMPLES:
             line["sample"] = _valid(ended.sample)
@@ -250,27 +252,11 @@ def _guarded(
     steps: Sequence[Step], documents: Sequence[Document], deadline_s: float
 ) -> Sequence[Outcome]:
     """`trace` in a child process."""
-    receiving, sending = os.pipe()
-    child = os.fork()
-    if child == 0:
-        # nothing of the parent may be flushed or closed from here: leave without clean-up
-        code = 1
-        try:
-            os.close(receiving)
-            signal.setitimer(signal.ITIMER_REAL, deadline_s)
-            with os.fdopen(sending, "wb") as pipe:
-                pickle.dump(trace(steps, documents), pipe)
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(sending)
-    with os.fdopen(receiving, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if status == 0:
-        return list(pickle.loads(answer))
+    [answer] = guard.each(partial(trace, steps), [documents], deadline_s)
+    if not isinstance(answer, Died | Failed):
+        return answer
     if len(documents) == 1:
-        how = death(os.waitstatus_to_exitcode(status))
+        how = death(answer.code) if isinstance(answer, Died) else answer.error
         dropped = documents[0].dropped("crash", f"the process {how}")
         return [Ended(dropped, "", documents[0].text[:SAMPLE_CHARS])]
     return [item for document in documents for item in _guarded(steps, [document], deadline_s)]

@@ -2,8 +2,9 @@
 
 In: .json and .jsonl files with one object a line [.gz | .zst], its `text`, and if there are `url`
 and `timestamp`, as C4 is distributed. Out: one document a line, its id the file's name and the
-line. With `rules` the text goes through steps/c4_rules.py; what C4 itself did besides, a language
-of at least 0.99, one page per URL and one copy of a line, are steps of the recipe commoncrawl.
+line. With `rules` the text goes through steps/c4_rules.py. What C4 did besides: one copy of a line
+and one language, of a score of at least 0.99, are steps of the recipe commoncrawl; one page per
+address is not built.
 
 Drop reasons: `empty`, `too_large`, with rules those of steps/c4_rules.py. Quarantined: as `plain`.
 """
