@@ -117,7 +117,9 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     micro_batch = fitting_micro_batch(cfg, here, [s.batch_windows for s in plan.segments])
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
-    backend = attention.choose(cfg.kernels.attention, here.device, dtype, cfg.model.head_dim)
+    backend = attention.choose(
+        cfg.kernels.attention, here.device, dtype, cfg.model.head_dim, cfg.kernels.deterministic
+    )
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)
     averaged_over = apply.apply(model, cfg, here.device, dtype)

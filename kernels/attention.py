@@ -4,13 +4,20 @@ Checks every argument before anything is launched, then calls one of the backend
 share one key/value head; attention stays inside documents where their ids are given.
 """
 
+import os
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, reference
+from kernels import attention_cpu, attention_op, reference
 
-BACKENDS = ("sdpa", "reference")
+BACKENDS = ("triton", "gluon", "sdpa", "xformers", "reference")
+GLUON_TRITON = "3.6"
+HALF = (torch.bfloat16, torch.float16)
 
 
 def choose(
@@ -18,27 +25,66 @@ def choose(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     head_dim: int = 64,
+    deterministic: bool = True,
 ) -> str:
     """The backend that will run for `name`; call it once at start-up and print the answer.
 
-    Raises `ValueError` where the one asked for cannot run: nothing is replaced silently.
+    `auto` is torch's sdpa everywhere: no measurement on a GPU shows the Triton kernels right and
+    faster yet (`benchmarks/results/` would hold it). Raises `ValueError` where the one asked for
+    cannot run: nothing is replaced silently. Without `deterministic` the name says so.
     """
     if name == "auto":
         return "sdpa"
-    if name not in BACKENDS:
+    if reason := _why_not(name, torch.device(device), dtype, head_dim):
         raise ValueError(
             f"kernels.attention {name!r} cannot run on {torch.device(device).type} with {dtype} "
-            f"and head size {head_dim}: it is not built; there are auto, {' and '.join(BACKENDS)}"
+            f"and head size {head_dim}: {reason}"
         )
-    return name
+    fused = name in ("triton", "gluon") and not deterministic
+    return f"{name} (backward not deterministic)" if fused else name
+
+
+@cache
+def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    kind = name.split(" ")[0]
+    if kind not in BACKENDS:
+        return f"it is not built; there are auto, {', '.join(BACKENDS)}"
+    if kind in ("sdpa", "reference"):
+        return None
+    package = "xformers" if kind == "xformers" else "triton"
+    if find_spec(package) is None:
+        return f"{package} is not installed"
+    interpreted = package == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return "it needs a CUDA GPU"
+    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    if chip < (8, 0):
+        return f"it needs compute capability 8.0, this GPU has {chip[0]}.{chip[1]}"
+    if kind == "triton" and (dtype not in (*HALF, torch.float32) or not 1 <= head_dim <= 256):
+        return "it takes bfloat16, float16 and float32, and head sizes up to 256"
+    if interpreted and dtype == torch.bfloat16:
+        return "Triton's interpreter does not multiply bfloat16"
+    if kind == "gluon":
+        version = metadata.version("triton")
+        if chip != (9, 0) or interpreted:
+            return "it needs a Hopper GPU"
+        if version.rsplit(".", 1)[0] != GLUON_TRITON:
+            return f"it is written for triton {GLUON_TRITON}, here is {version}"
+        if dtype not in HALF or head_dim not in (64, 128):
+            return "it takes bfloat16 and float16, and head sizes 64 and 128"
+    return None
 
 
 def document_mask(doc_ids: Tensor, n_queries: int, backend: str) -> Tensor:
     """What `attention` wants to know of documents, made once for all layers of a model.
 
-    The (B, 1, T, S) mask where a backend cannot compare the (B, S) ids itself.
+    Positions (2, B, S) for the Triton kernels; else the (B, 1, T, S) mask, as other backends cannot
+    compare the (B, S) ids themselves.
     """
-    assert backend in ("auto", *BACKENDS), f"unknown attention backend {backend!r}"
+    kind = backend.split(" ")[0]
+    assert kind in ("auto", *BACKENDS), f"unknown attention backend {backend!r}"
+    if kind in ("triton", "gluon"):
+        return attention_op.documents(doc_ids)
     return reference.visible(n_queries, doc_ids)
 
 
@@ -49,21 +95,42 @@ def attention(
 
     `doc_ids`: (B, S), equal for positions that may see each other, or `document_mask` of them.
     """
-    _check(q, k, v, doc_ids)
-    backend = choose(backend, q.device, q.dtype, q.shape[-1])
-    if backend == "reference":
+    _check(q, k, v, doc_ids, backend)
+    if not torch.compiler.is_compiling():
+        backend = choose(backend, q.device, q.dtype, q.shape[-1])
+    kind = backend.split(" ")[0]
+    if kind in ("triton", "gluon"):
+        if doc_ids is not None and doc_ids.dim() == 2:
+            doc_ids = attention_op.documents(doc_ids)
+        return attention_op.attention(q, k, v, doc_ids, kind == "gluon", kind == backend)[0]
+    if kind == "reference":
         return reference.attention(q, k, v, doc_ids)
-    return _sdpa(q, k, v, doc_ids)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
-    n_queries, n_keys = q.shape[1], k.shape[1]
-    if doc_ids is None and 1 < n_queries < n_keys:
-        # sdpa's own causal mask takes the queries as the first positions, not the last
-        doc_ids = torch.zeros(1, n_keys, dtype=torch.long, device=q.device)
     mask = doc_ids
     if doc_ids is not None and doc_ids.dim() == 2:
-        mask = reference.visible(n_queries, doc_ids)
+        mask = reference.visible(q.shape[1], doc_ids)
+    return _xformers(q, k, v, mask) if kind == "xformers" else _sdpa(q, k, v, mask)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    # takes seconds to import
+    from xformers import ops
+
+    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
+    bias = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    if mask is not None:
+        # rows of a bias begin at multiples of 8 elements
+        bias = q.new_zeros(B, 1, T, (S + 7) // 8 * 8)[..., :S].masked_fill_(~mask, -torch.inf)
+        bias = bias.expand(B, H, T, S)
+    if H != K:
+        k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+    return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    n_queries, n_keys = q.shape[1], k.shape[1]
+    if mask is None and 1 < n_queries < n_keys:
+        # sdpa's own causal mask takes the queries as the first positions, not the last
+        mask = reference.visible(n_queries, torch.zeros(1, n_keys, device=q.device))
     grouped = q.shape[2] != k.shape[2]
     causal = mask is None and n_queries > 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
@@ -76,7 +143,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> Tensor:
     return out.transpose(1, 2)  # (B, T, H, D)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str) -> None:
     """Refuse what no backend could compute, naming the argument and its value."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
@@ -95,6 +162,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None) -> None:
         raise ValueError(f"q has {T} tokens, more than the {S} of k")
     if doc_ids is None:
         return
-    if doc_ids.shape not in ((B, S), (B, 1, T, S)) or doc_ids.is_floating_point():
+    made = (2, B, S) if backend.startswith(("triton", "gluon")) else (B, 1, T, S)
+    if doc_ids.shape not in ((B, S), made) or doc_ids.is_floating_point():
         shape = f"{tuple(doc_ids.shape)} {doc_ids.dtype}"
-        raise ValueError(f"doc_ids is {shape}, expected integers ({B}, {S}) or their mask")
+        raise ValueError(f"doc_ids is {shape}, expected integers ({B}, {S}) or {made}")

@@ -96,7 +96,8 @@ class TrainConfig:
         batch_ramp: Smaller batches to begin with, as [[tokens per step, steps], ...].
         micro_batch: Windows per forward pass and process; auto takes what is known to fit.
         dtype: Of the forward and backward pass; master weights and reductions are float32.
-        compile: torch.compile per block; auto compiles on GPUs.
+        compile: torch.compile per block; auto compiles on GPUs, and on a CPU where a run is so
+            long that it gains (20 minutes).
         init_from: Weights to start from, with a fresh optimizer: a run, a checkpoint, or a
             folder of Hugging Face's or Meta's.
     """
@@ -163,10 +164,13 @@ class KernelsConfig:
     """Which implementations run.
 
     Args:
-        attention: Backend of causal attention.
+        attention: Backend of causal attention; auto is sdpa.
+        deterministic: Whether the backward pass of triton and gluon gives the same bits every time;
+            false lets it sum with atomic additions.
     """
 
-    attention: Literal["auto", "sdpa", "reference"] = "auto"
+    attention: Literal["auto", "triton", "gluon", "sdpa", "xformers", "reference"] = "auto"
+    deterministic: bool = True
 
 
 @dataclass

@@ -1,0 +1,290 @@
+"""Launches the attention kernels of attention_triton.py: plain functions, tensors in, tensors out.
+
+(B, T, H, D) queries and (B, S, K, D) keys and values, by their strides; documents as the (2, B, S)
+positions of `attention.documents`. Tiles come from tiles.json, measured beforehand and checked in:
+nothing is tuned inside a run, so that every process of it runs the same kernels. The file imports
+without torch, for kernels/check.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels import attention_triton as kernels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Statistics of rows lie in memory in multiples of this, the highest tile.
+ROWS = 128
+
+
+class Tile(NamedTuple):
+    """M queries by N keys, and how the kernel is compiled."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+DELTA = Tile(64, 0, 4, 1)
+Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@functools.cache
+def table() -> Table:
+    """Tiles by architecture, kind of dtype, head size and kernel; `kernels.tune` writes them."""
+    found: Table = json.loads(TABLE.read_text())
+    return found
+
+
+def tile(arch: int, itemsize: int, width: int, kernel: str, docs: bool) -> Tile | None:
+    """The tile of a kernel; with documents some need a smaller one. None: no such kernel."""
+    tiles = table()[f"sm_{arch}"]["float32" if itemsize == 4 else "half"][str(width)]
+    found = tiles.get(f"{kernel} documents") if docs else None
+    found = found or tiles.get(kernel)
+    return Tile(*found) if found else None
+
+
+def arch_of(x: Tensor) -> int:
+    """90 on Hopper, where tiles move by TMA; 80 on every other chip, where they do by pointers."""
+    import torch
+
+    return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0) else 80
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output (B, T, H, D) and lse, the log2 of the sums of 2^s: (B, H, T up to ROWS).
+
+    lse is float32, beside float32 inputs float64; past T it is infinite.
+    """
+    run = Run(q, k, docs)
+    q, k, v = run.movable(q), run.movable(k), run.movable(v)
+    out, lse = run.like(q), run.statistics(q, math.inf, wide=True)
+    tile = run.tile("forward")
+    tensors = run.tiles_of(q, tile.M), run.tiles_of(k, tile.N), run.tiles_of(v, tile.N), out
+    run.launch(
+        kernels._forward, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
+        *tensors, strides_of(q, k, v, out), lse, run.first_keys(lse), lse.shape[2], run.T, run.S,
+        run.H, run.group, run.scale, DOCS=docs is not None,
+    )  # fmt: skip
+    return run.cut(out), lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    docs: Tensor | None = None, deterministic: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, from the gradient of `out` and what `forward` returned.
+
+    Not deterministic: dq is summed by atomic additions along with dk and dv, where such a kernel is
+    in the table. That is five products instead of seven, in an order that is never the same.
+    """
+    run = Run(q, k, docs)
+    grad, q, k, v, out = (run.movable(x) for x in (grad, q, k, v, out))
+    delta = run.statistics(q, 0.0)
+    run.launch(
+        kernels._delta, (run.B * run.H, triton.cdiv(run.T, DELTA.M)), DELTA,
+        run.tiles_of(out, DELTA.M), run.tiles_of(grad, DELTA.M), strides_of(out, grad), delta,
+        delta.shape[2], run.T, run.H,
+    )  # fmt: skip
+    fused = not deterministic and run.tile("fused") is not None
+    dk, dv = run.like(k), run.like(v)
+    dq = run.zeros(q) if fused else run.like(q)
+    tile = run.tile("fused" if fused else "dkdv")
+    tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
+    run.launch(
+        kernels._dkdv, (run.B * run.K, triton.cdiv(run.S, tile.N)), tile,
+        *tensors, dk, dv, run.tiles_of(dq, tile.M) if fused else dq,
+        strides_of(q, k, v, grad, dk, dv, dq), run.rows_of(lse, tile.M), run.rows_of(delta, tile.M),
+        run.first_keys(lse), run.last_queries(lse), lse.shape[2], run.T, run.S, run.K, run.group,
+        run.scale, DOCS=docs is not None, FUSED=fused,
+    )  # fmt: skip
+    if not fused:
+        tile = run.tile("dq")
+        tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
+        run.launch(
+            kernels._dq, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
+            *tensors, dq, strides_of(q, k, v, grad, dq), lse, delta, run.first_keys(lse),
+            lse.shape[2], run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None,
+        )  # fmt: skip
+    return run.cut(dq.to(q.dtype)), run.cut(dk), run.cut(dv)
+
+
+def _heights(tile: Tile) -> tuple[int, int, int, int]:
+    """Rows of the tiles of q, k, v and the gradient."""
+    return tile.M, tile.N, tile.N, tile.M
+
+
+def strides_of(*tensors: Tensor) -> tuple[tuple[int, int, int], ...]:
+    return tuple((x.stride(0), x.stride(1), x.stride(2)) for x in tensors)
+
+
+class Run:
+    """What the launches of one forward or backward pass share."""
+
+    def __init__(self, q: Tensor, k: Tensor, docs: Tensor | None) -> None:
+        (self.B, self.T, self.H, self.D), (self.S, self.K) = q.shape, k.shape[1:3]
+        self.docs, self.arch, self.itemsize = docs, arch_of(q), q.element_size()
+        self.width = max(64 if self.itemsize == 4 else 32, triton.next_power_of_2(self.D))
+        self.group, self.scale = self.H // self.K, 1 / (math.log(2) * math.sqrt(self.D))
+
+    def tile(self, kernel: str) -> Any:
+        return tile(self.arch, self.itemsize, self.width, kernel, self.docs is not None)
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, int], tile: Tile, *arguments: Any, **constants: Any
+    ) -> None:
+        if tile.N:
+            constants["N"] = tile.N
+        first = arguments[0].base if self.arch == 90 else arguments[0]
+        self.start(
+            kernel, grid, first, *arguments, **constants, M=tile.M, D=self.width,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def start(
+        self, kernel: Any, grid: tuple[int, int], on: Tensor, *arguments: Any, **constants: Any
+    ) -> None:
+        """Launch on the device of `on`: Triton takes the current one."""
+        import torch
+
+        if 0 not in grid:
+            with torch.cuda.device_of(on):
+                kernel[grid](*arguments, **constants)
+
+    def like(self, x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Without the columns that `movable` added."""
+        return x if self.width == self.D else x[..., : self.D].contiguous()
+
+    def zeros(self, x: Tensor) -> Tensor:
+        import torch
+
+        return x.new_zeros(x.shape, dtype=torch.float32)
+
+    def statistics(self, x: Tensor, padding: float, wide: bool = False) -> Tensor:
+        """(B, H, T up to a multiple of ROWS), with `padding` past T; wider than x if `wide`."""
+        import torch
+
+        dtype = torch.float64 if wide and self.itemsize == 4 else torch.float32
+        shape = self.B, self.H, triton.cdiv(self.T, ROWS) * ROWS
+        if self.T % ROWS == 0:
+            return x.new_empty(shape, dtype=dtype)
+        return x.new_full(shape, padding, dtype=dtype)
+
+    def movable(self, x: Tensor) -> Tensor:
+        """x, or a copy that tiles can be read from: a power of two wide, on 16-byte borders."""
+        if self.width != self.D:
+            from torch.nn.functional import pad
+
+            return pad(x, (0, self.width - self.D))
+        unit = 16 // x.element_size()
+        fits = x.data_ptr() % 16 == 0 and all(s % unit == 0 for s in x.stride()[:3])
+        if self.arch == 90:
+            # a head is whole columns of the rows that lie a token's stride apart
+            (B, _, H, D), (b, t, h, _) = x.shape, x.stride()
+            fits &= B == 1 or b % t == 0
+            fits &= H == 1 or h % t == 0 or (H - 1) * h + D <= t
+        return x if fits and x.stride(3) == 1 else x.contiguous()
+
+    def tiles_of(self, x: Tensor, rows: int) -> Any:
+        """(B, T, H, D) as a kernel takes what it reads in tiles: see `_head`."""
+        if self.arch != 90:
+            return x
+        (B, T, H, D), (b, t, h, _) = x.shape, x.stride()
+        last = (B - 1) * b + (H - 1) * h if h % t == 0 else (B - 1) * b
+        columns = D if h % t == 0 else (H - 1) * h + D
+        return TensorDescriptor(x, [last // t + T, columns], [t, 1], [rows, D])
+
+    def rows_of(self, x: Tensor, columns: int) -> Any:
+        """(B, H, padded T) as a kernel takes what it reads in rows: see `_row`."""
+        if self.arch != 90 or self.itemsize == 4:
+            return x
+        x = x.flatten(0, 1)
+        return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, columns])
+
+    def first_keys(self, unused: Tensor) -> Tensor:
+        return unused if self.docs is None else self.docs[0]
+
+    def last_queries(self, unused: Tensor) -> Tensor:
+        return unused if self.docs is None else self.docs[1]
+
+
+# -- what the compile gate compiles ----------------------------------------------------------------
+
+
+def gate(arch: int) -> Iterator[dict[str, Any]]:
+    """Every kernel of the table with the types it is launched with, for kernels/check.py.
+
+    With documents, and at the head sizes of LLaMA also without.
+    """
+    yield _case(arch, 2, 128, "delta", False, DELTA)
+    for kind, sizes in table()[f"sm_{arch}"].items():
+        for width, tiles in sizes.items():
+            fast = kind == "half" and width in ("64", "128")
+            for kernel in (name for name in tiles if "documents" not in name):
+                for docs in (False, True) if fast else (True,):
+                    itemsize = 4 if kind == "float32" else 2
+                    found = tile(arch, itemsize, int(width), kernel, docs)
+                    assert found is not None
+                    options = {"products": kind == "half", "spills": not fast}
+                    yield _case(arch, itemsize, int(width), kernel, docs, found) | options
+
+
+def _case(
+    arch: int, itemsize: int, width: int, kernel: str, docs: bool, tile: Tile
+) -> dict[str, Any]:
+    element = "fp32" if itemsize == 4 else "bf16"
+    # the fused kernel adds its dq, in float32; the others write theirs
+    read = {"q": tile.M, "k": tile.N, "v": tile.N, "grad": tile.M}
+    function, written = {
+        "delta": (kernels._delta, ("out",)),
+        "forward": (kernels._forward, ("out",)),
+        "dq": (kernels._dq, ("dq",)),
+        "dkdv": (kernels._dkdv, ("dk", "dv", "dq")),
+        "fused": (kernels._dkdv, ("dk", "dv")),
+    }[kernel]
+    types: dict[str, Any] = dict.fromkeys(written, f"*{element}:16")
+    types |= {"lse": "*fp64:16" if itemsize == 4 else "*fp32:16", "delta": "*fp32:16"}
+    types |= {name: f"*{element}:16" for name in read} | {"dq": types.get("dq", "*fp32:16")}
+    if arch == 90:
+        types |= {x: f"tensordesc<{element}[{n}, {width}]>" for x, n in read.items()}
+        if kernel == "delta":
+            types["out"] = types["grad"]
+        if kernel in ("dkdv", "fused") and itemsize == 2:
+            types |= {x: f"tensordesc<fp32[1, {tile.M}]>" for x in ("lse", "delta")}
+        if kernel == "fused":
+            types["dq"] = f"tensordesc<fp32[{tile.M}, {width}]>"
+    types |= dict.fromkeys(("docs", "ends"), "*i32:16") | {"scale": "fp32", "group": "i32"}
+    types |= dict.fromkeys(("TP", "T", "S", "H", "K"), "i32:16")
+    tensors = sum(
+        name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv") for name in function.arg_names
+    )
+    types["strides"] = (("i32:16",) * 3,) * tensors
+    constants = {"DOCS": docs, "M": tile.M, "N": tile.N, "D": width}
+    if function is kernels._dkdv:
+        constants["FUSED"] = kernel == "fused"
+    constants = {x: size for x, size in constants.items() if x in function.arg_names}
+    return {
+        "name": f"{kernel} {element} D {width}{' documents' * docs}",
+        "kernel": function,
+        "signature": {x: types[x] for x in function.arg_names if x not in constants},
+        "constants": constants,
+        "warps": tile.warps,
+        "stages": tile.stages,
+        "products": False,
+        "spills": False,
+    }
