@@ -1,10 +1,11 @@
-"""`python -m llama.corpus dedup`: a global step over documents of one or more sources (paper §2.1).
+"""`python -m llama.corpus dedup`: a step over documents of one or more sources (paper §2.1).
 
 In: folders of documents. Out: folders of the same names below --output. Of documents that are the
 same, the one in the first folder stays.
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,25 @@ from llama.corpus import executors, shuffle
 # Name of a step -> its class, a dataclass of its options.
 STEPS = {
     "containment": "llama.corpus.steps.containment.Containment",
+    "decontaminate": "llama.corpus.steps.decontaminate.Decontaminate",
     "exact": "llama.corpus.steps.exact.Exact",
+    "lines": "llama.corpus.steps.lines.Lines",
+    "minhash": "llama.corpus.steps.minhash.MinHash",
+    "personal": "llama.corpus.steps.personal.Personal",
 }
 
 
 def step_class(name: str) -> Any:
-    """The class of a global step."""
+    """The class of a step."""
     if name not in STEPS:
         raise UserError(f"step is {name!r}, expected one of {', '.join(STEPS)}")
     module, _, member = STEPS[name].rpartition(".")
     return getattr(import_module(module), member)
+
+
+def options_of(step: Any) -> list[str]:
+    """What a user may set of a step: what its class is made with."""
+    return [each.name for each in fields(step) if each.init]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--output {values.output} would write over --input {path}")
     if len(set(outputs)) < len(outputs):
         raise UserError(f"--input holds two folders of one name among {', '.join(values.input)}")
-    chosen = step(**{key: values[key] for key in step.__dataclass_fields__})
+    chosen = step(**{key: values[key] for key in options_of(step)})
     found = shuffle.run(chosen, inputs, outputs, executor, partitions=values.partitions)
     for output, summary in zip(outputs, found, strict=True):
         print(f"{output}\n{summary.table()}")

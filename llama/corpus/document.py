@@ -15,12 +15,16 @@ SAMPLE_CHARS = 1000
 
 
 class Dropped(NamedTuple):
-    """A document that ends here; one with an `error`, its own fault, goes to the quarantine."""
+    """A document that ends here; one with an `error`, its own fault, goes to the quarantine.
+
+    `detail` says more than the reason in the list of what was dropped.
+    """
 
     id: str
     reason: str
     n_bytes: int = 0
     error: str = ""
+    detail: str = ""
 
 
 class Document(NamedTuple):
@@ -38,9 +42,9 @@ class Document(NamedTuple):
             return len(self.text)
         return len(self.text.encode("utf-8", "surrogatepass"))
 
-    def dropped(self, reason: str, error: str = "") -> Dropped:
+    def dropped(self, reason: str, error: str = "", detail: str = "") -> Dropped:
         """What a step yields in place of this document to end it."""
-        return Dropped(self.id, reason, self.n_bytes, error)
+        return Dropped(self.id, reason, self.n_bytes, error, detail)
 
 
 class Noted(NamedTuple):
@@ -105,9 +109,9 @@ def trace(
 
 
 def step_name(step: Any) -> str:
-    """What a step is called in counts: the name of its function or class."""
+    """What a step is called in counts: its name, or that of its function or class."""
     step = getattr(step, "func", step)
-    return str(getattr(step, "__name__", type(step).__name__))
+    return str(getattr(step, "__name__", None) or getattr(step, "name", type(step).__name__))
 
 
 def describe(error: BaseException) -> str:

@@ -8,13 +8,14 @@ not stop the next; the steps across sources need all of them.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llama import cli, files
 from llama.cli import UserError
 from llama.corpus import executors, recipes, shuffle
-from llama.corpus.dedup import step_class
+from llama.corpus.dedup import options_of, step_class
 from llama.corpus.journal import only_one
 from llama.corpus.recipes import Prepared
 
@@ -61,14 +62,15 @@ def run(prepared: Mapping[str, Prepared], across: Sequence[Any], clean: Path) ->
         told = "; ".join(f"{source}: {error}" for source, error in failed.items())
         raise UserError(f"{len(failed)} of {len(prepared)} sources are not complete: {told}")
     folders = [each.output for each in prepared.values()]
-    for i, step in enumerate(across, 1):
-        print(f"== {step.name}, across sources", flush=True)
-        place = clean if i == len(across) else clean / shuffle.STAGES / f"{i}-{step.name}"
+    groups = list(filter(None, shuffle.grouped(across)))
+    for i, (step, *then) in enumerate(groups, 1):
+        print(f"== {', '.join(each.name for each in (step, *then))}, across sources", flush=True)
+        place = clean if i == len(groups) else clean / shuffle.STAGES / f"{i}-{step.name}"
         outputs = [place / source for source in prepared]
         executor = next(iter(prepared.values())).executor
-        for source, summary in zip(
-            prepared, shuffle.run(step, folders, outputs, executor), strict=True
-        ):
+        options = {"then": [{"step": each.name, **asdict(each)} for each in then]} if then else {}
+        summaries = shuffle.run(step, folders, outputs, executor, then, options)
+        for source, summary in zip(prepared, summaries, strict=True):
             print(f"{source}\n{summary.table()}")
         folders = outputs
     print(f"documents of {', '.join(prepared)} in {clean}")
@@ -95,7 +97,7 @@ def _across(config: Mapping[str, Any], path: Path) -> list[Any]:
     for entry in config.get("across") or []:
         options = dict(entry)
         step = step_class(options.pop("step", ""))
-        if unknown := options.keys() - step.__dataclass_fields__.keys():
+        if unknown := options.keys() - set(options_of(step)):
             raise UserError(f"{path}: step {step.name} has no option {', '.join(sorted(unknown))}")
         steps.append(step(**options))
     return steps

@@ -77,6 +77,16 @@ def is_global(step: Any) -> bool:
     return hasattr(step, "reduce")
 
 
+def grouped(steps: Sequence[Any]) -> list[list[Any]]:
+    """Plain steps before the first global one, then each global one with those behind it."""
+    parts: list[list[Any]] = [[]]
+    for step in steps:
+        if is_global(step):
+            parts.append([])
+        parts[-1].append(step)
+    return parts
+
+
 def write_groups(path: Path, rows: Rows, group: Rows, n: int) -> Record:
     """Rows by their group, 0 <= group < n, behind an index; order within a group is kept."""
     order = np.argsort(group, kind="stable")
@@ -211,6 +221,10 @@ class Filter:
             yield self.shuffle.step.apply(document, rows) if len(rows) else document
 
 
+def _read_plainly(piece: Piece) -> Iterator[Item]:
+    return _documents(piece.path)
+
+
 def _read(numbers: dict[str, int], piece: Piece) -> Iterator[Item]:
     unit = numbers[piece.path]
     for i, document in enumerate(_documents(piece.path)):
@@ -237,7 +251,7 @@ def _shards(folder: Path) -> list[tuple[Path, str | int]]:
 
 
 def run(
-    step: Global,
+    step: Any,
     inputs: Sequence[Path],
     outputs: Sequence[Path],
     executor: Executor,
@@ -250,16 +264,19 @@ def run(
 
     Of equal documents the first stays, in the order of the inputs. `then` are steps for those that
     are left, `options` what these follow from. `partitions` is 0 for a number that follows from the
-    size of the input.
+    size of the input. The step may be a plain one that has a name and options like a global one.
     """
     shards = [_shards(folder) for folder in inputs]
     every = tuple(path for found in shards for path, _ in found)
     size = sum(path.stat().st_size * EXPANSION.get(path.suffix, 1) for path in every)
     partitions = partitions or max(1, round(size / PARTITION_BYTES))
-    own = {"step": step.name, **asdict(cast(Any, step))}
+    own = {"step": step.name, **asdict(step)}
     known = {str(i): what for i, (_, what) in enumerate(w for found in shards for w in found)}
     shuffle = Shuffle(step, every, partitions, outputs[0] / WORK)
     numbers = {str(path): i for i, path in enumerate(every)}
+    read, first = _read_plainly, step
+    if is_global(step):
+        read, first = partial(_read, numbers), Filter(shuffle)
     of = {**own, **(options or {}), "documents": header(step.name, own, known)["plan"]}
     plans, stages = [], []
     for found, output in zip(shards, outputs, strict=True):
@@ -267,9 +284,9 @@ def run(
             Piece(path.name, str(path), "documents", path.stat().st_size) for path, _ in found
         ]
         units = tuple(Unit(f"{i:05}.jsonl.zst", (piece,)) for i, piece in enumerate(pieces))
-        plans.append(Plan(step.name, of, partial(_read, numbers), units))
-        stages.append(engine.stage(plans[-1], [Filter(shuffle), *then], output, max_quarantined))
-    if not all(runner.finished(stage) for stage in stages):
+        plans.append(Plan(step.name, of, read, units))
+        stages.append(engine.stage(plans[-1], [first, *then], output, max_quarantined))
+    if is_global(step) and not all(runner.finished(stage) for stage in stages):
         for stage in shuffle.stages(header(step.name, {**own, "partitions": partitions}, known)):
             runner.run([stage], executor)
     summaries = [
@@ -288,11 +305,7 @@ def pipeline(
     max_quarantined: float = 0.01,
 ) -> engine.Summary:
     """A recipe whose steps may be global: what comes before one is made in `.stages` first."""
-    parts: list[list[Any]] = [[]]
-    for step in steps:
-        if is_global(step):
-            parts.append([])
-        parts[-1].append(step)
+    parts = grouped(steps)
     folders = [output / STAGES / str(i) for i in range(len(parts) - 1)] + [output]
     summary = engine.run(plan, parts[0], folders[0], executor, max_quarantined)
     for (step, *then), before, after in zip(parts[1:], folders, folders[1:], strict=False):

@@ -7,23 +7,20 @@ stays; a translation or a book that shares 60 % does not go. One shingle in 32 i
 the same ones. Drop reason: `contained`.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llama.corpus.document import Document, Item
+from llama.corpus.steps.words import in_a_row, words
 
 WORDS, ONE_IN = 5, 32
 # A shingle of more books than this is a phrase, a licence or a form: it says nothing of two books.
 MAX_BOOKS = 64
 # Fewer shingles than these, of some 1,600 words, are too few to measure 90 % with.
 MIN_SHINGLES = 50
-_WORD = re.compile(r"[^\W_]+")
-_PRIME = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -103,23 +100,5 @@ class Containment:
 
 def shingles(text: str) -> NDArray:
     """Hashes (n,) uint64 of the chosen shingles of a text, each once."""
-    words = _WORD.findall(text.lower())
-    known: dict[str, int] = {}
-    numbers = [known.setdefault(word, len(known)) for word in words]
-    if len(numbers) < WORDS:
-        return np.zeros(0, "<u8")
-    # one hash a different word, spread to the places by numpy
-    hashes = np.array([_hash(word) for word in known], "<u8")[np.array(numbers)]
-    n = len(hashes) - WORDS + 1
-    rolled = np.zeros(n, "<u8")
-    for i in range(WORDS):
-        rolled = (rolled ^ hashes[i : i + n]) * _PRIME
-        rolled ^= rolled >> np.uint64(29)
-    return np.unique(rolled[rolled % np.uint64(ONE_IN) == 0])
-
-
-def _hash(word: str) -> int:
-    """Of the word alone, so that every machine and run chooses the same shingles."""
-    return int.from_bytes(
-        blake2b(word.encode("utf-8", "replace"), digest_size=8).digest(), "little"
-    )
+    rows = in_a_row(words(text).hashes, WORDS)
+    return np.unique(rows[rows % np.uint64(ONE_IN) == 0])
