@@ -1,5 +1,6 @@
 """A run with shards, a tokenizer and a checkpoint of random weights, for the conversion tests."""
 
+import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,12 @@ from made_data import make_source, make_tokenizer, text
 from llama import config, files
 from llama.config import Config, DataConfig, ModelConfig
 from llama.convert import __main__ as command
-from llama.convert import check
+from llama.convert import check, hf
 from llama.data import schedule, shards
 from llama.data.writer import open_tokenizer, place_tokenizer
 from llama.model import Transformer
 from llama.runtime import checkpoint, world
+from tokenizer.tokenizer import SPACE_PIECE, Tokenizer
 
 LINEAR: dict[str, Any] = {"type": "linear", "factor": 4.0}
 # slow enough that pairs of all three kinds (kept, blended, slowed) matter within 64 positions
@@ -94,9 +96,17 @@ def make_run(place: Path, rng: random.Random, name: str = "run", **model: Any) -
     return run
 
 
-def convert(src: Path, dst: Path, to: str, *options: str) -> None:
+def convert(
+    src: Path, dst: Path, to: str, *options: str, shard_bytes: int = hf.SHARD_BYTES
+) -> None:
     """The command, in this process."""
-    command.main([str(src), str(dst), "--to", to, *options])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf, "SHARD_BYTES", shard_bytes)
+        command.main([str(src), str(dst), "--to", to, *options])
+
+
+def edit_json(path: Path, **facts: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
 
 def weights_of(model: Transformer) -> dict[str, torch.Tensor]:
@@ -116,3 +126,26 @@ def without_transformers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(check, "ask_transformers", lambda *_: None)
         yield
+
+
+def fuzz(tokenizer: Tokenizer, n: int, rng: random.Random) -> list[str]:
+    """Texts that tokenizers disagree on: runs, spaces, control pieces, rare characters."""
+    planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
+    marks = ["<s>", "</s>", "<unk>", "<0x41>", SPACE_PIECE, " ", "  ", "\n", "\t", "=", "==", "0"]
+
+    def piece() -> str:
+        return tokenizer.decode([rng.randrange(tokenizer.vocab_size)])
+
+    def text() -> str:
+        kind, length = rng.randrange(5), rng.randrange(1, 30)
+        if kind == 0:
+            return (" " * rng.randrange(2)).join(piece() for _ in range(length))
+        if kind == 1:
+            return "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(length))
+        if kind == 2:
+            return "".join(rng.choice(marks) for _ in range(length))
+        if kind == 3:
+            return rng.choice(["a", " ", "=", "-", "0", "\n", SPACE_PIECE, "é"]) * length
+        return " " * rng.randrange(4) + " ".join(piece() for _ in range(length)) + rng.choice(marks)
+
+    return [text() for _ in range(n)]

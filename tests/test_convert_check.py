@@ -5,7 +5,6 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from llama.cli import UserError
 from llama.config import ModelConfig
-from llama.convert import check, hf, independent, load, names
-from llama.convert.source import Source
+from llama.convert import check, hf, judges, load, names, pieces
+from llama.convert.source import Source, model_config
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("place"), fresh_rng(), **SHAPES["grouped"])
 
 
-def source_of(cfg: ModelConfig, rng: random.Random) -> tuple[Source, torch.nn.Module]:
+def source_of(shape: dict[str, Any], rng: random.Random) -> tuple[Source, torch.nn.Module]:
+    cfg = model_config(Path("made"), **shape, vocab_size=50)
     model = random_model(cfg, rng)
     weights = dict(model.named_parameters())
     source = Source(
@@ -41,20 +41,20 @@ def source_of(cfg: ModelConfig, rng: random.Random) -> tuple[Source, torch.nn.Mo
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_two_implementations_agree(
-    shape: dict[str, Any], tmp_path: Path, rng: random.Random
+    shape: dict[str, Any], tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, model = source_of(ModelConfig(**shape, vocab_size=50), rng)
+    source, model = source_of(shape, rng)
     tokens = check.sample(source)
     ours = check.logits(source, tokens)
     scale = ours.abs().max()
     assert scale > 1 and (ours - model(tokens)).abs().max() < 1e-5 * scale
-    hf.write_weights(source, tmp_path, 50_000)
-    facts = hf.config_json(source, SimpleNamespace(bos_id=1, eos_id=2))  # type: ignore[arg-type]
-    (tmp_path / "config.json").write_text(json.dumps(facts))
-    theirs = independent.logits_hf(tmp_path, tokens)
+    monkeypatch.setattr(hf, "SHARD_BYTES", 50_000)
+    hf.write_weights(source, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf.config_json(source)))
+    theirs = judges.logits_hf(tmp_path, tokens)
     assert (ours - theirs).abs().max() < 1e-5 * scale
     # neither positions nor earlier tokens are without effect
-    assert (theirs[:, -1] - independent.logits_hf(tmp_path, tokens.flip(1))[:, -1]).abs().max() > 1
+    assert (theirs[:, -1] - judges.logits_hf(tmp_path, tokens.flip(1))[:, -1]).abs().max() > 1
 
 
 def as_it_is(name: str, weight: Tensor, cfg: ModelConfig) -> Tensor:
@@ -63,13 +63,17 @@ def as_it_is(name: str, weight: Tensor, cfg: ModelConfig) -> Tensor:
 
 def heads_as_queries(name: str, weight: Tensor, cfg: ModelConfig) -> Tensor:
     """The classic mistake: H heads for wk too."""
-    return HALVES(name, weight, replace(cfg, n_kv_heads=None))
+    if not name.endswith("wk.weight"):
+        return HALVES(name, weight, cfg)
+    return weight.unflatten(0, (cfg.n_heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 HALVES = names.halves
 RIGHT = hf.config_json
-OTHER = {"ffn_gate": "ffn_up", "ffn_up": "ffn_gate"}
-SWAPPED = {"mlp.gate_proj": "mlp.up_proj", "mlp.up_proj": "mlp.gate_proj"}
+
+
+def swapped(name: str, one: str, other: str) -> str:
+    return name.replace(one, other) if one in name else name.replace(other, one)
 
 
 def config_with(**facts: Any) -> Callable[..., dict[str, Any]]:
@@ -88,20 +92,20 @@ WRONG: dict[str, tuple[object, str, Any, str]] = {
     ),
     "gate and up": (
         names,
-        "BLOCK_TABLE",
-        [(ours, SWAPPED.get(theirs, theirs), other) for ours, theirs, other in names.BLOCK_TABLE],
+        "TABLE",
+        [(ours, swapped(theirs, "gate", "up"), other) for ours, theirs, other in names.TABLE],
         "logits differ by",
     ),
     "no BOS": (
-        hf.pieces.processors,
+        pieces.processors,
         "TemplateProcessing",
-        lambda **_: hf.pieces.processors.ByteLevel(),
+        lambda **_: pieces.processors.ByteLevel(),
         "cannot be written as tokenizer.json.*has the ids",
     ),
     "spaces": (
-        hf.pieces.normalizers,
+        pieces.normalizers,
         "Prepend",
-        lambda piece: hf.pieces.normalizers.Replace("  ", " "),
+        lambda piece: pieces.normalizers.Replace("  ", " "),
         "cannot be written as tokenizer.json.*has the ids",
     ),
 }
@@ -127,8 +131,8 @@ def test_of_a_wrong_gguf_nothing_is_left(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gguf")
-    table = [(ours, hf, OTHER.get(theirs, theirs)) for ours, hf, theirs in names.BLOCK_TABLE]
-    monkeypatch.setattr(names, "BLOCK_TABLE", table)
+    table = [(ours, hf, swapped(theirs, "ffn_gate", "ffn_up")) for ours, hf, theirs in names.TABLE]
+    monkeypatch.setattr(names, "TABLE", table)
     with pytest.raises(UserError, match="GGUF.* logits differ by .*nothing was kept"):
         convert(run, tmp_path / "model.gguf", "gguf")
     assert not list(tmp_path.iterdir())

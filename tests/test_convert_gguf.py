@@ -1,6 +1,7 @@
 """GGUF files, read by the package gguf."""
 
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_without_the_package_one_sentence_says_how_to_get_it(
     tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, rng, **SHAPES["plain"])
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r'pip install "llama-pretraining\[convert\]"'):
         convert(run, tmp_path / "model.gguf", "gguf")
     assert not (tmp_path / "model.gguf").exists()

@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     run = make_run(place, fresh_rng(), **SHAPES["plain"])
     with without_transformers():
-        convert(run, place / "hf", "hf", "--shard_bytes", "60k")
+        convert(run, place / "hf", "hf", shard_bytes=60_000)
         convert(place / "hf", place / "meta", "meta")
         convert(place / "meta", place / "native", "native")
     return place

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from made_convert import LINEAR, SHAPES, convert, fresh_rng, make_run, without_transformers
+from made_convert import (
+    LINEAR,
+    SHAPES,
+    convert,
+    edit_json,
+    fresh_rng,
+    make_run,
+    without_transformers,
+)
 
 from llama.cli import UserError
 from llama.config import ModelConfig
@@ -94,14 +102,24 @@ def test_files_of_several_processes_are_merged(
     for k, file in enumerate(divided(weights, parts, by_rows)):
         torch.save(file, many / f"consolidated.{k:02d}.pth")
     # as in the first release
-    facts = json.loads((many / "params.json").read_text())
-    (many / "params.json").write_text(json.dumps(facts | {"vocab_size": -1, "multiple_of": 256}))
+    edit_json(many / "params.json", vocab_size=-1, multiple_of=256)
     merged = load.open_source(many)
     assert asdict(merged.cfg) == asdict(one.cfg)
     for name, weight in weights.items():
         assert torch.equal(merged.read(name), weight), name
     convert(many, tmp_path / "native", "native")
-    (many / f"consolidated.{parts - 1:02d}.pth").unlink()
+    last = many / f"consolidated.{parts - 1:02d}.pth"
+    for name in ("norm.weight", "layers.1.attention.wo.weight"):
+        weights = torch.load(last, weights_only=True)
+        torch.save(weights | {name: torch.ones(3, 5)}, last)
+        with pytest.raises(UserError, match=f"{name} is .*, expected"):
+            load.open_source(many)
+        torch.save({key: weight for key, weight in weights.items() if key != name}, last)
+        if name != "norm.weight":
+            with pytest.raises(UserError, match=f"{name} is .*, expected"):
+                load.open_source(many)
+        torch.save(weights, last)
+    last.unlink()
     with pytest.raises(UserError, match=f"in each of {parts - 1} files|is .*, expected"):
         load.open_source(many)
 
@@ -131,10 +149,10 @@ def test_scaled_rope(run: Path, tmp_path: Path) -> None:
     scaled = replace(source, cfg=replace(source.cfg, rope_scaling=scaling))
     facts = meta.params_json(scaled)
     assert facts["use_scaled_rope"] is True and facts["rope_scaling_factor"] == 32
-    assert meta.read_params(tmp_path, facts, [{}]).rope_scaling == scaling
+    assert meta.read_params(tmp_path, facts, {}).rope_scaling == scaling
     # what the first files with scaling had
     plain = {k: v for k, v in facts.items() if not k.startswith("rope_s")}
-    read = meta.read_params(tmp_path, plain, [{}]).rope_scaling
+    read = meta.read_params(tmp_path, plain, {}).rope_scaling
     assert read is not None and read["factor"] == 8
     with pytest.raises(UserError, match="cannot hold rope_scaling type linear"):
         meta.params_json(replace(source, cfg=replace(source.cfg, rope_scaling=LINEAR)))
@@ -163,11 +181,7 @@ def rewrite(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Folder], None]:
 
 
 def params(**facts: Any) -> Callable[[Folder], None]:
-    def spoil(folder: Folder) -> None:
-        path = folder / "params.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-
-    return spoil
+    return lambda folder: edit_json(folder / "params.json", **facts)
 
 
 def truncate(folder: Folder) -> None:
@@ -193,7 +207,7 @@ BAD: dict[str, tuple[Callable[[Folder], Any], str]] = {
     ),
     "integers": (
         rewrite(lambda w: {name: weight.to(torch.int8) for name, weight in w.items()}),
-        "holds weights of type torch.int8",
+        "weight is of type torch.int8",
     ),
     "a shape": (
         rewrite(lambda w: w.update({"norm.weight": torch.ones(3)})),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from made_convert import fuzz
 from made_data import make_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -30,7 +31,7 @@ def test_ids_and_texts_are_those_of_sentencepiece(
     folder: Path, written: Path, rng: random.Random
 ) -> None:
     truth = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    texts = pieces.fuzz(Tokenizer(folder / "tokenizer.model"), FUZZ, rng)
+    texts = fuzz(Tokenizer(folder / "tokenizer.model"), FUZZ, rng)
     found = pieces.encode(written, texts)
     fast = FastTokenizer.from_file(str(written / "tokenizer.json"))
     for text, (bos, *ids) in zip(texts, found, strict=True):
@@ -74,6 +75,6 @@ def test_options_of_a_model_are_kept(
     )
     tokenizer = Tokenizer(tmp_path / "tokenizer.model")
     pieces.write(tokenizer, tmp_path, 64)
-    texts = pieces.fuzz(tokenizer, 500, rng)
+    texts = fuzz(tokenizer, 500, rng)
     truth = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     assert pieces.encode(tmp_path, texts) == [[1, *truth.encode(text)] for text in texts]

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from made_convert import SHAPES, convert, fresh_rng, make_run, without_transformers
+from made_convert import SHAPES, convert, edit_json, fresh_rng, fuzz, make_run, without_transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llama import files
 from llama.config import ModelConfig
-from llama.convert import check, load, names, pieces
+from llama.convert import check, load, names
 from llama.convert.source import Source
 from llama.data.shards import open_sources
 from llama.model import Transformer
@@ -116,7 +116,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     with without_transformers():
         for name, shape in SHAPES.items():
             run = make_run(folder / name, rng, **shape)
-            convert(run, folder / name / "hf", "hf", "--shard_bytes", "100k")
+            convert(run, folder / name / "hf", "hf", shard_bytes=100_000)
             if name in GGUF:
                 convert(run, folder / name / "model.gguf", "gguf")
             configs[name] = load.open_source(run).cfg
@@ -127,7 +127,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     targets[torch.rand(2, 64) < 0.2] = IGNORED
     first = folder / next(iter(SHAPES))
     documents = json.loads((first / "web.json").read_text())
-    fuzz = pieces.fuzz(Tokenizer(first / "tokens/tokenizer.model"), 2000, rng)
+    fuzzed = fuzz(Tokenizer(first / "tokens/tokenizer.model"), 2000, rng)
     asked = {
         "seed": rng.randrange(2**31),
         "tokens": tokens.tolist(),
@@ -135,7 +135,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "shapes": {name: their_config(cfg) for name, cfg in configs.items()},
         "gguf": GGUF,
         "tokenizer": f"{first.name}/hf",
-        "texts": documents | {f"fuzz {i}": text for i, text in enumerate(fuzz)},
+        "texts": documents | {f"fuzz {i}": text for i, text in enumerate(fuzzed)},
     }
     files.write_json(folder / "asked.json", asked)
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -224,8 +224,7 @@ def test_the_command_asks_transformers(place: Place, capsys: pytest.CaptureFixtu
     run = place.run("grouped")
     convert(run, place.folder / "asked", "hf", "--dtype", "bfloat16")
     assert "checked by transformers" in capsys.readouterr().out
-    facts = json.loads((place.folder / "asked/config.json").read_text())
-    files.write_json(place.folder / "asked/config.json", facts | {"rms_norm_eps": 1e-3})
+    edit_json(place.folder / "asked/config.json", rms_norm_eps=1e-3)
     with pytest.raises(ValueError, match="logits differ"):
         source = load.open_source(run).cast(torch.bfloat16)
-        check.exported(source, Tokenizer(source.tokenizers[0]), place.folder / "asked")
+        check.hf(source, place.folder / "asked", source.open_tokenizer())

@@ -162,7 +162,7 @@ def _exact(row: dict[str, float]) -> dict[str, float]:
 def _weights(run: Run) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint of a run, whole."""
     path = checkpoint.newest(run.folder)
-    reader = checkpoint._Reader(path)
+    reader = checkpoint.Reader(path)
     listed = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size) for name, entry in listed.items()}
     torch.distributed.checkpoint.load(tensors, storage_reader=reader, no_dist=True)

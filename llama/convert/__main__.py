@@ -4,138 +4,73 @@ SRC is a run (its newest checkpoint), a checkpoint, or a folder of Hugging Face'
 appears when the conversion has been checked, whole; after an error there is nothing.
 """
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
 
 from llama import cli, files
-from llama.cli import UserError, show_bytes, show_count
-from llama.convert import card, check, gguf, hf, load, meta, native
+from llama.cli import UserError, show_count
+from llama.convert import check, gguf, hf, load, meta, native
 from llama.convert.source import DTYPES, Source
+from llama.runtime import checkpoint
 from tokenizer.tokenizer import Tokenizer
-
-Format = Literal["hf", "native", "meta", "gguf"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-SHARD_BYTES = 5_000_000_000  # what transformers' own exports have
-
-
-def convert(
-    src: str | Path,
-    dst: str | Path,
-    to: str,
-    *,
-    dtype: str | None = None,
-    tokenizer: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    license: str | None = None,
-) -> None:
-    """Convert, check, and only then give the output its name; `UserError` for what cannot be."""
-    final = Path(dst)
-    if final.exists():
-        raise UserError(f"{final} exists already: it is never overwritten, remove or rename it")
-    if to == "gguf":
-        gguf.library()
-    if to == "native" and dtype not in (None, "float32"):
-        raise UserError(f"--dtype is {dtype}, but weights that are trained on are float32")
-    original = load.open_source(src)
-    target = torch.float32 if to == "native" else DTYPES[dtype] if dtype else original.dtype
-    source = original.cast(target, vectors=torch.float32 if to == "gguf" else None)
-    pieces = original.open_tokenizer(tokenizer)
-    print(
-        f"{original.path}: {original.format}, {show_count(original.n_parameters)} parameters in "
-        f"{_name(original.dtype)}, context {original.context}, tokenizer {pieces.path}"
-    )
-    needed, free = source.n_parameters * target.itemsize, files.free_bytes(final)
-    if free < needed:
-        raise UserError(
-            f"the disk of {final} has {show_bytes(free)} free, "
-            f"the weights take {show_bytes(needed)}"
-        )
-    if to == "meta":
-        meta.params_json(source)
-    if original.format == "hf":
-        print(check.understood(original))
-    try:
-        print(_write(source, pieces, final, to, shard_bytes, license))
-    except OSError as error:
-        raise UserError(f"{final} cannot be written: {error.strerror or error}") from error
-    print(f"wrote {final}: {to}, {_name(target)}")
-
-
-def _write(
-    source: Source, pieces: Tokenizer, final: Path, to: str, shard_bytes: int, license: str | None
-) -> str:
-    """Write and check in one go; the verdict. Whatever is raised takes the output with it."""
-    if to == "gguf":
-        with files.atomic_file(final) as file:
-            part = Path(file.name)
-            with _watched(source) as watched:
-                gguf.write(watched, pieces, part, final.stem, license or card.UNKNOWN_LICENSE)
-            return check.exported_gguf(source, part)
-    with files.atomic_folder(final) as part:
-        with _watched(source) as watched:
-            if to == "hf":
-                text = card.render(source, pieces, final.name, license)
-                hf.write(watched, pieces, part, shard_bytes, text)
-            elif to == "meta":
-                meta.write(watched, pieces, part)
-            else:
-                native.write(watched, pieces, part, final)
-        if to == "hf":
-            return check.exported(source, pieces, part)
-        return check.read_back(source, load.open_source(part))
-
-
-@contextmanager
-def _watched(source: Source) -> Iterator[Source]:
-    """The source, with a bar that moves when a weight is read."""
-    with cli.Progress("writing", len(source.shapes), "weights") as bar:
-
-        def read(name: str) -> Tensor:
-            bar.update(1, name)
-            return source.read(name)
-
-        yield replace(source, read=read)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def main(argv: list[str]) -> None:
-    """Parse, then convert."""
+    """Convert, check, and only then give the output its name; `UserError` for what cannot be."""
     p = cli.parser("python -m llama.convert", "Weights from one format to another, checked.")
     p.add_argument("src", type=str, help="A run, a checkpoint, or a folder of HF's or Meta's.")
-    p.add_argument("dst", type=str, help="What to make: a folder, for gguf a file.")
-    p.add_argument("--to", type=Format, required=True, help="Format of DST.")
-    p.add_argument("--dtype", type=Dtype, help="Type of the weights; default: as in SRC.")
-    p.add_argument("--tokenizer", type=str, default=None, help="tokenizer.model, if not found.")
-    p.add_argument("--shard_bytes", type=str, default=None, help="Largest file (hf): 5B is 5 GB.")
-    p.add_argument("--license", type=str, default=None, help="Of the weights: apache-2.0, ...")
+    p.add_argument("dst", type=Path, help="What to make: a folder, for gguf a file.")
+    p.add_argument("--to", choices=["hf", "native", "meta", "gguf"], required=True, help="Of DST.")
+    p.add_argument("--dtype", choices=list(DTYPES), help="Type of the weights; default: as in SRC.")
+    p.add_argument("--tokenizer", type=str, help="tokenizer.model, if not found.")
+    p.add_argument("--license", type=str, help="Of the weights: apache-2.0, ...")
     a = p.parse_args(argv)
-    for name, used in (("shard_bytes", ["hf"]), ("license", ["hf", "gguf"])):
-        if getattr(a, name) is not None and a.to not in used:
-            print(f"WARNING: --{name} has no effect with --to {a.to}", file=sys.stderr)
-    shard_bytes = cli.count(a.shard_bytes) if a.shard_bytes else SHARD_BYTES
-    if shard_bytes < 1:
-        raise UserError(f"--shard_bytes is {a.shard_bytes}, expected more than 0")
-    convert(
-        a.src,
-        a.dst,
-        a.to,
-        dtype=a.dtype,
-        tokenizer=a.tokenizer,
-        shard_bytes=shard_bytes,
-        license=a.license,
+    if a.dst.exists():
+        raise UserError(f"{a.dst} exists already: it is never overwritten, remove or rename it")
+    if a.to == "gguf":
+        gguf.library()
+    if a.to == "native" and a.dtype not in (None, "float32"):
+        raise UserError(f"--dtype is {a.dtype}, but weights that are trained on are float32")
+    if a.license and a.to not in ("hf", "gguf"):
+        print(f"WARNING: --license has no effect with --to {a.to}", file=sys.stderr)
+    original = load.open_source(a.src)
+    tokenizer = original.open_tokenizer(a.tokenizer)
+    print(
+        f"{original.path}: {original.format}, {show_count(original.n_parameters)} parameters in "
+        f"{original.dtype_name}, context {original.context}, tokenizer {tokenizer.path}"
     )
+    dtype = torch.float32 if a.to == "native" else DTYPES.get(a.dtype, original.dtype)
+    source = original.cast(dtype, gains=torch.float32 if a.to == "gguf" else None)
+    # twice: they are staged
+    checkpoint.refuse_small_disk(a.dst, 2 * source.n_parameters * dtype.itemsize)
+    if original.format == "hf":
+        print(f"{original.path} {check.hf(original, original.path)}")
+    try:
+        print(write(source, tokenizer, a))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{a.dst} cannot be written: {error}") from error
+    print(f"wrote {a.dst}: {a.to}, {source.dtype_name}")
+
+
+def write(source: Source, tokenizer: Tokenizer, a: Any) -> str:
+    """Write and check in one go; the verdict. Whatever is raised takes the output with it."""
+    if a.to == "gguf":
+        with files.atomic_file(a.dst) as file:
+            gguf.write(source, tokenizer, Path(file.name), a.license)
+            return check.gguf(source, Path(file.name))
+    with files.atomic_folder(a.dst) as part:
+        if a.to == "hf":
+            hf.write(source, tokenizer, part, a.license)
+            return check.hf(source, part, tokenizer)
+        if a.to == "meta":
+            meta.write(source, tokenizer, part)
+        else:
+            native.write(source, tokenizer, part, a.dst)
+        return check.read_back(source, load.open_source(part))
 
 
 if __name__ == "__main__":

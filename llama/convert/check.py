@@ -1,43 +1,34 @@
 """Whether what was written computes what was read.
 
 In: a source and what a conversion made of it. Out: a line for the user, or a `UserError` with the
-largest difference. Our own model runs on the source with one block in memory at a time. A folder of
-Hugging Face's is run by transformers where that is installed, in another process and folder,
-because it would take our package `kernels` for one of its own; else, and for GGUF, by a forward
-pass that shares no code with the model (llama/convert/independent.py).
+largest difference. Our own model runs on the source, with a block in memory at a time. A folder of
+Hugging Face's is run by transformers where that is installed, and else, like GGUF, by a decoder
+that shares no code with the model (llama/convert/judges.py). The rest is read back.
 """
 
-from __future__ import annotations
-
-import importlib.util
+import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from kernels import reference
-from llama import files
 from llama.cli import UserError
-from llama.convert import independent, pieces
+from llama.convert import judges, pieces
 from llama.convert.source import Source
 from llama.model import RMSNorm, TransformerBlock
 from tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
-JUDGE = Path(__file__).parent / "judge.py"
-RUN = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](*sys.argv[2:])"
-NO_TRANSFORMERS = 3  # exit code of judge.py
-ROWS, TOKENS, TEXTS = 2, 48, 500
+ROWS, TOKENS = 2, 48
 # Of the largest logit: round-off stays far below, a wrong row or epsilon does not.
 TOLERANCE = 1e-4
+Answer = tuple[str, Tensor, list[list[int]]]  # who, logits, ids of the texts
 
 
 @torch.no_grad()
@@ -75,23 +66,18 @@ def compare(ours: Tensor, theirs: Tensor, what: str) -> str:
     return f"logits differ by {largest:.1e} of the largest one"
 
 
-# -- what was read and what was written ------------------------------------------------------------
+def hf(source: Source, folder: Path, tokenizer: Tokenizer | None = None) -> str:
+    """A folder of Hugging Face's: the one that was read, or one that was written with a tokenizer.
 
-
-def understood(source: Source) -> str:
-    """A folder of Hugging Face's that was read: we compute what others compute from it."""
+    Others compute from it what we do, and its tokenizer gives the ids of awkward texts.
+    """
     tokens = sample(source)
-    judge, theirs, _ = judged(source, source.path, tokens, [])
-    found = compare(logits(source, tokens), theirs, f"{source.path} as this project reads it")
-    return f"{source.path} checked by {judge}: {found}"
-
-
-def exported(source: Source, tokenizer: Tokenizer, folder: Path) -> str:
-    """A folder of Hugging Face's that was written: logits, and ids of awkward texts."""
-    tokens = sample(source)
-    texts = pieces.fuzz(tokenizer, TEXTS, random.Random(0))
+    texts = pieces.awkward(tokenizer) if tokenizer else []
     judge, theirs, ids = judged(source, folder, tokens, texts)
-    line = compare(logits(source, tokens), theirs, f"the export of {source.path}")
+    what = f"the export of {source.path}" if tokenizer else f"{folder} as this project reads it"
+    line = f"checked by {judge}: {compare(logits(source, tokens), theirs, what)}"
+    if tokenizer is None:
+        return line
     for text, found in zip(texts, ids, strict=True):
         expected = [tokenizer.bos_id, *tokenizer.encode(text)]
         if found != expected:
@@ -99,26 +85,21 @@ def exported(source: Source, tokenizer: Tokenizer, folder: Path) -> str:
                 f"{tokenizer.path} cannot be written as {pieces.FILE}: {text[:20]!r} has the ids "
                 f"{expected[:8]}, exported {found[:8]}; nothing was kept"
             )
-    return f"checked by {judge}: {line}; the same ids for {len(texts)} texts"
+    return f"{line}; the same ids for {len(texts)} texts"
 
 
-def exported_gguf(source: Source, file: Path) -> str:
+def gguf(source: Source, file: Path) -> str:
     """A GGUF file that was written."""
     tokens = sample(source)
-    theirs = independent.logits_gguf(file, tokens)
+    theirs = judges.logits_gguf(file, tokens)
     line = compare(logits(source, tokens), theirs, f"the GGUF file of {source.path}")
     return f"checked by a second implementation: {line}"
 
 
 def read_back(source: Source, written: Source) -> str:
     """A checkpoint or a folder of Meta's that was written: settings, and every bit of weights."""
-    # F may be given or follow from dim, and so may the number of key/value heads
-    expected, found = (
-        asdict(replace(s.cfg, ffn_dim=s.cfg.hidden_dim, n_kv_heads=s.cfg.kv_heads))
-        for s in (source, written)
-    )
-    if expected != found:
-        raise UserError(f"{source.path}: written as {expected}, read back as {found}")
+    if source.cfg != written.cfg:
+        raise UserError(f"{source.path}: written as {source.cfg}, read back as {written.cfg}")
     for name in source.shapes:
         ours, theirs = source.read(name), written.read(name)
         if not torch.equal(ours, theirs):
@@ -129,52 +110,41 @@ def read_back(source: Source, written: Source) -> str:
     return f"checked: {len(source.shapes)} weights were read back bit for bit"
 
 
-# -- transformers, or what stands in for it --------------------------------------------------------
-
-
-def judged(
-    source: Source, folder: Path, tokens: Tensor, texts: Sequence[str]
-) -> tuple[str, Tensor, list[list[int]]]:
-    """(who, logits, ids of texts) for a folder of Hugging Face's with the shapes of `source`."""
-    why = "not installed"
-    if importlib.util.find_spec("transformers"):
-        why = "too large for it in memory"
-        # half, because it may hold weights twice while it loads them
-        if 4 * source.n_parameters < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-            why = "not importable"
-            if answer := ask_transformers(folder, tokens, texts):
-                return answer
+def judged(source: Source, folder: Path, tokens: Tensor, texts: Sequence[str]) -> Answer:
+    """What others make of a folder of Hugging Face's with the shapes of `source`."""
+    # half, because transformers may hold weights twice while it loads them
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    fits = 4 * source.n_parameters < memory
+    if fits and (answer := ask_transformers(folder, tokens, texts)):
+        return answer
     ids = pieces.encode(folder, texts) if texts else []
-    judge = f"a second implementation (transformers: {why})"
-    return judge, independent.logits_hf(folder, tokens), ids
+    why = "cannot be imported" if fits else "needs more memory"
+    judge = f"a second implementation (transformers {why})"
+    return judge, judges.logits_hf(folder, tokens), ids
 
 
-def ask_transformers(
-    folder: Path, tokens: Tensor, texts: Sequence[str]
-) -> tuple[str, Tensor, list[list[int]]] | None:
+def ask_transformers(folder: Path, tokens: Tensor, texts: Sequence[str]) -> Answer | None:
     """What transformers makes of a folder; None where it cannot be imported.
 
-    The process starts in a folder of its own and without ours on its path.
+    Its process does not see ours: it would take our package `kernels` for one that it looks for.
     """
     kept = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [path for path in kept if path and Path(path).resolve() != ROOT]
-    offline = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as place:
-        question, answer = Path(place) / "question.json", Path(place) / "answer.json"
-        files.write_json(question, {"tokens": tokens.tolist(), "texts": list(texts)})
+        answer = Path(place) / "answer.pt"
         child = subprocess.run(
-            # -P and run_path: neither that folder nor the script's, with its gguf.py, is searched
-            [sys.executable, "-P", "-c", RUN, JUDGE, folder.absolute(), question, answer],
+            # -P: nor is the script's folder searched, with its gguf.py
+            [sys.executable, "-P", judges.__file__, folder.absolute(), answer],
+            input=json.dumps({"tokens": tokens.tolist(), "texts": list(texts)}),
             cwd=place,
-            env={**os.environ, **offline},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,
         )
-        if child.returncode == NO_TRANSFORMERS:
+        if child.returncode == judges.NO_TRANSFORMERS:
             return None
         if child.returncode:
             last = (child.stderr.strip().splitlines() or [""])[-1]
             raise UserError(f"transformers cannot run {folder.name}: {last}; nothing was kept")
-        told = files.read_json(answer)
-        theirs = load_file(answer.with_suffix(".safetensors"))["logits"]
-    return f"transformers {told['version']}", theirs, told["ids"]
+        told = torch.load(answer, weights_only=True)
+    return f"transformers {told['version']}", told["logits"], told["ids"]

@@ -4,11 +4,8 @@ In: a run, a checkpoint, or a folder of Hugging Face's or Meta's. Out: a `Source
 model's parameters, filled. Fine-tuning as in §4 of the paper starts here.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +13,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama.cli import UserError, show_count
 from llama.convert import hf, meta, native
-from llama.convert.source import Source, refuse_foreign
+from llama.convert.source import Source, fitting
 from llama.runtime import checkpoint
 from llama.runtime.world import World
-
-Result = TypeVar("Result")
 
 
 def recognise(path: str | Path) -> str:
@@ -36,13 +31,11 @@ def recognise(path: str | Path) -> str:
         checkpoint.newest(path)
         return "native"
     if (path / meta.PARAMS).exists():
-        if meta.weight_files(path):
-            return "meta"
-        raise UserError(f"{path} has {meta.PARAMS}, but no {meta.WEIGHTS.format(0)}")
+        meta.weight_files(path)
+        return "meta"
     if (path / hf.CONFIG).exists():
-        if (path / hf.INDEX).exists() or (path / hf.WEIGHTS).exists():
-            return "hf"
-        raise UserError(f"{path} has {hf.CONFIG}, but neither {hf.WEIGHTS} nor {hf.INDEX}")
+        hf.weight_files(path)
+        return "hf"
     raise UserError(
         f"{path} is of no known format: expected a run (ckpt/), a checkpoint (step-*), Hugging "
         f"Face's {hf.CONFIG} with {hf.WEIGHTS}, or Meta's {meta.PARAMS} with "
@@ -50,12 +43,12 @@ def recognise(path: str | Path) -> str:
     )
 
 
-OPEN = {"native": native.open_checkpoint, "hf": hf.open_folder, "meta": meta.open_folder}
-
-
-def open_source(path: str | Path) -> Source:
-    """The weights of a folder, names and shapes checked, hashes too where there are some."""
-    return OPEN[recognise(path)](Path(path))
+def open_source(path: str | Path, part: int = 0, parts: int = 1) -> Source:
+    """The weights of a folder, names and shapes checked; hashes too, of every parts-th file."""
+    kind, path = recognise(path), Path(path)
+    if kind == "native":
+        return native.open_checkpoint(path, part, parts)
+    return hf.open_folder(path) if kind == "hf" else meta.open_folder(path)
 
 
 def load_weights(
@@ -67,46 +60,30 @@ def load_weights(
     even that. What does not fit is the same `UserError` on every rank. Returns a line that says
     what was loaded.
     """
-    kind, place = _together(here, lambda: recognise(path)), Path(path)
-    if kind == "native":
-        place = checkpoint.newest(path)
-        _together(here, lambda: _verify(place, here))
-    source = _together(here, lambda: _fitting(kind, place, tensors, tokenizer_sha256))
-    if kind == "native":
-        named = {native.PREFIX + name: tensor.detach() for name, tensor in tensors.items()}
-        checkpoint.load(place, named, here)
-    else:
-        _together(here, lambda: _fill(source, tensors))
-    size = show_count(source.n_parameters)
-    return f"initial weights from {place} ({kind}, {size} parameters)"
-
-
-def _together(here: World, action: Callable[[], Result]) -> Result:
-    """What `action` returns here, unless it failed on some rank: then all ranks raise."""
-    result, problem = None, None
+    problem = None
     try:
-        result = action()
+        source = _opened(path, tensors, here, tokenizer_sha256)
+        if source.format != "native":
+            _fill(source, tensors)
     except UserError as error:
         problem = str(error)
-    for verdict in here.gather(problem):
-        if verdict:
-            raise UserError(f"train.init_from: {verdict}")
-    return cast(Result, result)
+    if problem := next(filter(None, here.gather(problem)), None):
+        raise UserError(f"train.init_from: {problem}")
+    if source.format == "native":
+        named = {native.PREFIX + name: tensor.detach() for name, tensor in tensors.items()}
+        checkpoint.load(source.path, named, here)
+    size = show_count(source.n_parameters)
+    return f"initial weights from {source.path} ({source.format}, {size} parameters)"
 
 
-def _verify(place: Path, here: World) -> None:
-    """Hash this rank's share of a checkpoint's files."""
-    if problem := checkpoint.damage(place, part=here.rank, parts=here.size):
-        raise UserError(f"{place} is damaged: {problem}")
-
-
-def _fitting(
-    kind: str, place: Path, tensors: Mapping[str, Tensor], tokenizer_sha256: str
+def _opened(
+    path: str | Path, tensors: Mapping[str, Tensor], here: World, tokenizer_sha256: str
 ) -> Source:
-    """The opened source, if it has these tensors and this tokenizer."""
-    source = native.describe(place) if kind == "native" else OPEN[kind](place)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    refuse_foreign(source.path, source.shapes, shapes)
+    """The source, if it has these tensors and this tokenizer; ranks divide the hashing."""
+    source = open_source(path, here.rank, here.size)
+    with torch.device("meta"):
+        found = {name: torch.empty(shape) for name, shape in source.shapes.items()}
+    fitting(source.path, found, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if source.tokenizer_sha256 not in (None, tokenizer_sha256):
         raise UserError(
             f"{source.path} was trained with another tokenizer (sha256 "
@@ -120,11 +97,10 @@ def _fill(source: Source, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         weight = source.read(name)
         if isinstance(tensor, DTensor):
-            weight = weight.to(tensor.device, tensor.dtype)
             # every rank has the whole tensor and keeps its shard: nothing is sent
-            shard = distribute_tensor(
-                weight, tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
+            mesh, placements = tensor.device_mesh, tensor.placements
+            weight = weight.to(tensor.device, tensor.dtype)
+            shard = distribute_tensor(weight, mesh, placements, src_data_rank=None)
             tensor.to_local().copy_(shard.to_local())
         else:
             tensor.copy_(weight)

@@ -6,8 +6,6 @@ here, in Meta's code and in GGUF's architecture "llama". In Hugging Face's, feat
 with i + D/2, so the rows of both matrices lie in another order there.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -16,23 +14,20 @@ from torch import Tensor
 from llama.config import ModelConfig
 from llama.model import Transformer
 
-Row = tuple[str, str, str]  # ours and Meta's, Hugging Face's, GGUF's
-TABLE: tuple[Row, ...] = (
+# ours and Meta's, Hugging Face's, GGUF's; {} is the number of a block
+TABLE = (
     ("tok_embeddings", "model.embed_tokens", "token_embd"),
+    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
     ("norm", "model.norm", "output_norm"),
     ("output", "lm_head", "output"),
-)
-BLOCK: Row = ("layers.{}.", "model.layers.{}.", "blk.{}.")
-BLOCK_TABLE: tuple[Row, ...] = (
-    ("attention_norm", "input_layernorm", "attn_norm"),
-    ("attention.wq", "self_attn.q_proj", "attn_q"),
-    ("attention.wk", "self_attn.k_proj", "attn_k"),
-    ("attention.wv", "self_attn.v_proj", "attn_v"),
-    ("attention.wo", "self_attn.o_proj", "attn_output"),
-    ("ffn_norm", "post_attention_layernorm", "ffn_norm"),
-    ("feed_forward.w1", "mlp.gate_proj", "ffn_gate"),
-    ("feed_forward.w2", "mlp.down_proj", "ffn_down"),
-    ("feed_forward.w3", "mlp.up_proj", "ffn_up"),
 )
 
 
@@ -47,13 +42,10 @@ def gguf(name: str) -> str:
 
 
 def _translate(name: str, column: int) -> str:
-    stem = name.removesuffix(".weight")
-    block = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
-    table, prefix = TABLE, ""
-    if block:
-        table, prefix, stem = BLOCK_TABLE, BLOCK[column].format(block[1]), block[2]
-    row = next(row for row in table if row[0] == stem)
-    return f"{prefix}{row[column]}.weight"
+    block = re.match(r"layers\.(\d+)\.", name)
+    number = block[1] if block else ""
+    row = next(row for row in TABLE if row[0].format(number) + ".weight" == name)
+    return row[column].format(number) + ".weight"
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -63,22 +55,18 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def rotary_heads(name: str, cfg: ModelConfig) -> int:
-    """Heads whose features are turned: H for wq, K for wk, 0 for every other parameter."""
-    return {"wq": cfg.n_heads, "wk": cfg.kv_heads}.get(name.split(".")[-2], 0)
-
-
 def halves(name: str, weight: Tensor, cfg: ModelConfig) -> Tensor:
     """Rows of wq and wk from (x0, x1), (x2, x3), ... to x0, x2, ..., x1, x3, ... in each head."""
-    if not (heads := rotary_heads(name, cfg)):
-        return weight
-    pairs = weight.unflatten(0, (heads, -1, 2))  # (H or K, D/2, 2, C)
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    return _moved(name, weight, (-1, cfg.head_dim // 2, 2))
 
 
 def neighbours(name: str, weight: Tensor, cfg: ModelConfig) -> Tensor:
     """Back from `halves`."""
-    if not (heads := rotary_heads(name, cfg)):
+    return _moved(name, weight, (-1, 2, cfg.head_dim // 2))
+
+
+def _moved(name: str, weight: Tensor, rows: tuple[int, int, int]) -> Tensor:
+    """With the last two axes of `rows` (heads, a, b) exchanged; only wq and wk are rotary."""
+    if not name.endswith((".wq.weight", ".wk.weight")):
         return weight
-    parts = weight.unflatten(0, (heads, 2, -1))  # (H or K, 2, D/2, C)
-    return parts.transpose(1, 2).reshape(weight.shape)
+    return weight.unflatten(0, rows).transpose(1, 2).reshape(weight.shape)

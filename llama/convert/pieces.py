@@ -6,9 +6,6 @@ that is a list of merges. BOS goes before every text, as it does before every do
 Text never turns into control pieces, neither there nor here (`split_special_tokens`).
 """
 
-from __future__ import annotations
-
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +63,7 @@ def build(tokenizer: Tokenizer) -> tuple[FastTokenizer, dict[str, str]]:
             byte_fallback=any(model.is_byte(i) for i in ids),
         )
     )
-    prefixed = model.encode_as_pieces("a")[0].startswith(SPACE_PIECE)
+    prefixed = adds_space(model)
     spaces = [normalizers.Replace(" ", SPACE_PIECE)]
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_PIECE)] * prefixed + spaces)
     fast.decoder = decoders.Sequence(
@@ -81,6 +78,12 @@ def build(tokenizer: Tokenizer) -> tuple[FastTokenizer, dict[str, str]]:
     return fast, {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
 
 
+def adds_space(model: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether SentencePiece puts a space before every text."""
+    prefixed: bool = model.encode_as_pieces("a")[0].startswith(SPACE_PIECE)
+    return prefixed
+
+
 def encode(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Ids that a written tokenizer.json gives, with what it adds in front."""
     fast = FastTokenizer.from_file(str(folder / FILE))
@@ -88,24 +91,9 @@ def encode(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in fast.encode_batch(texts)]
 
 
-def fuzz(tokenizer: Tokenizer, n: int, rng: random.Random) -> list[str]:
-    """Texts that tokenizers disagree on: runs, spaces, control pieces, rare characters."""
-    planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
-    marks = ["<s>", "</s>", "<unk>", "<0x41>", SPACE_PIECE, " ", "  ", "\n", "\t", "=", "==", "0"]
-
-    def piece() -> str:
-        return tokenizer.decode([rng.randrange(tokenizer.vocab_size)])
-
-    def text() -> str:
-        kind, length = rng.randrange(5), rng.randrange(1, 30)
-        if kind == 0:
-            return (" " * rng.randrange(2)).join(piece() for _ in range(length))
-        if kind == 1:
-            return "".join(chr(rng.randrange(*rng.choice(planes))) for _ in range(length))
-        if kind == 2:
-            return "".join(rng.choice(marks) for _ in range(length))
-        if kind == 3:
-            return rng.choice(["a", " ", "=", "-", "0", "\n", SPACE_PIECE, "é"]) * length
-        return " " * rng.randrange(4) + " ".join(piece() for _ in range(length)) + rng.choice(marks)
-
-    return [text() for _ in range(n)]
+def awkward(tokenizer: Tokenizer) -> list[str]:
+    """Texts that tokenizers disagree on; then every piece of the vocabulary, ten to a text."""
+    texts = ["", " ", "a", " a  b   c ", "\n\n\ta\r\n", "<s>a</s> <unk><0x41>", f"a{SPACE_PIECE}b"]
+    texts += ["é e\u0301 日本 \U0001f999", "x" * 99, " " * 99, "=" * 99, "0" * 99, "\0\x7f\ufeff"]
+    rows = range(0, tokenizer.vocab_size, 10)
+    return texts + [tokenizer.decode(range(i, min(i + 10, rows.stop))) for i in rows]

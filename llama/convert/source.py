@@ -5,21 +5,22 @@ missing or misshapen weights are refused before anything is written. The shapes 
 decoder of paper §2.2.
 """
 
-from __future__ import annotations
-
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llama import config, files, limits
+from llama import cli, config
 from llama.cli import UserError
-from llama.config import Config, DataConfig, ModelConfig
+from llama.config import Config, ModelConfig
 from llama.convert import names
 from tokenizer.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ class Source:
     """Weights under our names and in our layout; `read` brings one into memory.
 
     `context` is the window it was trained on; `state` is what a checkpoint of ours records.
-    `tokenizers` are places where tokenizer.model may lie, `tokenizer_sha256` what it must be.
+    `tokenizers` are folders where tokenizer.model may lie, `tokenizer_sha256` what it must be.
     """
 
     path: Path
@@ -54,28 +55,56 @@ class Source:
     def n_parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
-    def cast(self, dtype: torch.dtype, vectors: torch.dtype | None = None) -> Source:
-        """The same weights in another type; `vectors`, if given, is that of the norms' gains.
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
-        Reading raises `UserError` for values that are not finite, or not in that type.
+    def changed(self, change: Callable[[str, Tensor], Tensor]) -> Self:
+        """The same weights, each passed through `change` with its name when it is read."""
+        return replace(self, read=lambda name: change(name, self.read(name)))
+
+    def cast(self, dtype: torch.dtype, gains: torch.dtype | None = None) -> Self:
+        """The same weights in another type; `gains`, if given, is that of the norms' vectors.
+
+        Reading raises `UserError` for values that are not finite in that type.
         """
+        cast = replace(self, dtype=dtype)
 
-        def read(name: str) -> Tensor:
-            weight = self.read(name)
-            weight = weight.to(vectors if vectors and weight.dim() == 1 else dtype)
+        def to(name: str, weight: Tensor) -> Tensor:
+            weight = weight.to(gains if gains and weight.dim() == 1 else dtype)
             if not weight.isfinite().all():
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise UserError(f"{self.path}: {name} holds values that are not finite in {kind}")
+                values = f"values that are not finite in {cast.dtype_name}"
+                raise UserError(f"{self.path}: {name} holds {values}")
             return weight
 
-        return replace(self, dtype=dtype, read=read)
+        return cast.changed(to)
 
-    def open_tokenizer(self, given: str | None) -> Tokenizer:
-        """The tokenizer these weights were trained with, from `given` or where it usually lies."""
-        places = [Path(given)] if given else list(self.tokenizers)
-        if given and places[0].is_dir():
-            places = [places[0] / TOKENIZER]
-        place = next((place for place in places if place.is_file()), None)
+    @contextmanager
+    def staged(self, folder: Path) -> Iterator[dict[str, Tensor]]:
+        """All weights by name, though memory holds one: they are mapped from a nameless file.
+
+        So the library of each format can write them, while the disk of `folder` holds them twice.
+        """
+        places, bar = [], cli.Progress("reading", len(self.shapes), "weights")
+        with tempfile.TemporaryFile(dir=folder) as file, bar:
+            for name, shape in self.shapes.items():
+                weight = self.read(name).contiguous()
+                places.append((name, shape, weight.dtype, file.tell(), weight.nbytes))
+                file.write(weight.view(-1).view(torch.uint8).numpy().data)
+                bar.update(1, name)
+            file.flush()
+            values = np.memmap(file, np.uint8, "c")
+            yield {
+                name: torch.from_numpy(values[begin : begin + size]).view(dtype).view(shape)
+                for name, shape, dtype, begin, size in places
+            }
+
+    def open_tokenizer(self, given: str | Path | None = None) -> Tokenizer:
+        """The tokenizer these weights were trained with: `given`, or where it usually lies."""
+        places = [folder / TOKENIZER for folder in self.tokenizers]
+        if given:
+            places = [Path(given) / TOKENIZER if Path(given).is_dir() else Path(given)]
+        place = next((path for path in places if path.is_file()), None)
         if place is None:
             looked = " or ".join(map(str, places))
             hint = "" if given else "; name it with --tokenizer"
@@ -97,75 +126,59 @@ class Source:
         return tokenizer
 
 
-def model_config(where: Path, **values: Any) -> ModelConfig:
-    """A configuration read from a file, refused where it is none that this model can have."""
-    try:
-        cfg = ModelConfig(**values)
-        # the mixture stands for those that a run would have
-        limits.check(config.to_dict(Config(model=cfg, data=DataConfig(mixture={"any": 1.0}))))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
-    return cfg
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The keys of a JSON file."""
-    return as_object(path, files.read_json(path))
-
-
-def as_object(where: object, value: Any) -> dict[str, Any]:
-    """A JSON value that must be an object."""
+def json_object(where: object, value: Any) -> dict[str, Any]:
+    """A value of a JSON file that must be an object."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is not a JSON object")
     return value
 
 
-_REQUIRED = object()
+def numbers(
+    where: Path, facts: Mapping[str, Any], keys: Mapping[str, str], **defaults: float | None
+) -> dict[str, Any]:
+    """Numbers of a JSON file under our names: `keys` gives theirs, `defaults` what may be absent.
+
+    They are whole, unless the default is a fraction.
+    """
+    found: dict[str, Any] = {}
+    for ours, theirs in keys.items():
+        value, fraction = facts.get(theirs), isinstance(defaults.get(ours), float)
+        if value is None and ours not in defaults:
+            raise UserError(f"{where} has no {theirs}")
+        if value is not None and type(value) not in ((int, float) if fraction else (int,)):
+            expected = "a number" if fraction else "a whole number"
+            raise UserError(f"{where}: {theirs} is {value!r}, expected {expected}")
+        found[ours] = defaults[ours] if value is None else value
+    return found
 
 
-def fact(
-    where: Path,
-    facts: Mapping[str, Any],
-    key: str,
-    default: Any = _REQUIRED,
-    kind: type[int] | type[float] = int,
-) -> Any:
-    """A number among the keys of a JSON file, or the default; a `UserError` without either."""
-    value = facts.get(key)
-    if value is None and default is _REQUIRED:
-        raise UserError(f"{where} has no {key}")
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        expected = "a whole number" if kind is int else "a number"
-        raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
-    return value
+def model_config(where: Path, **values: Any) -> ModelConfig:
+    """A configuration read from a file, K and F written out; refused if no model can have it."""
+    try:
+        cfg = ModelConfig(**values)
+        config.check(Config(model=cfg))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+    return replace(cfg, n_kv_heads=cfg.kv_heads, ffn_dim=cfg.hidden_dim)
 
 
-def refuse_foreign(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    """Refuse weights of which some are missing, unknown or of another shape."""
+def fitting(where: Path, found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> torch.dtype:
+    """The type that holds all weights found, which may be on the meta device; float32 at most.
+
+    Refuses them if some are missing, unknown, of another shape or quantised.
+    """
     if missing := [name for name in expected if name not in found]:
         raise UserError(f"{where} lacks {_some(missing)}")
     if unknown := [name for name in found if name not in expected]:
         raise UserError(f"{where} holds {_some(unknown)}, which this model does not have")
     for name, shape in expected.items():
-        if tuple(found[name]) != tuple(shape):
-            raise UserError(
-                f"{where}: {name} is {show_shape(found[name])}, expected {show_shape(shape)}"
-            )
-
-
-def widest(where: Path, dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The floating-point type that holds all of them; quantised weights are refused."""
-    found = set(dtypes)
-    for dtype in found - {*DTYPES.values(), torch.float64}:
-        raise UserError(f"{where} holds weights of type {dtype}, expected {', '.join(DTYPES)}")
-    result = functools.reduce(torch.promote_types, found)
-    return torch.float32 if result == torch.float64 else result
-
-
-def show_shape(shape: Iterable[int]) -> str:
-    return " x ".join(map(str, shape))
+        if found[name].shape != shape:
+            ours, theirs = (" x ".join(map(str, each)) for each in (shape, found[name].shape))
+            raise UserError(f"{where}: {name} is {theirs}, expected {ours}")
+        if (dtype := found[name].dtype) not in (*DTYPES.values(), torch.float64):
+            raise UserError(f"{where}: {name} is of type {dtype}, expected {', '.join(DTYPES)}")
+    kinds = {weight.dtype for weight in found.values()}
+    return kinds.pop() if len(kinds) == 1 and torch.float64 not in kinds else torch.float32
 
 
 def _some(listed: list[str]) -> str:

@@ -63,7 +63,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
 
 
-class _Reader(dcp.FileSystemReader):
+class Reader(dcp.FileSystemReader):
     """DCP's reader, with the allow-list and for tensors only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -286,7 +286,7 @@ def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.load(dict(tensors), storage_reader=_Reader(path), process_group=world.control)
+            dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
