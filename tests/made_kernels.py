@@ -1,5 +1,8 @@
-"""What tests of the kernels share: bounds on errors, gradients, a vocabulary in shards."""
+"""What tests of the kernels share: where they run, bounds on errors, a vocabulary in shards."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +12,28 @@ import torch
 from torch import Tensor
 
 from kernels.reference import VocabularyShard
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+
+def run_interpreted(file: str) -> None:
+    """The tests of a file under the interpreter, which must be on before triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def begin_as_nan(monkeypatch: Any) -> None:
+    """Outputs begin as NaN, so that whatever a kernel does not write shows."""
+    new_empty = Tensor.new_empty
+
+    def filled(self: Tensor, *args: Any, **options: Any) -> Tensor:
+        x = new_empty(self, *args, **options)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)
 
 
 def values_and_gradients(

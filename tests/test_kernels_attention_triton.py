@@ -6,15 +6,20 @@ small that few tokens meet every part of the kernels, and Hopper's way of moving
 """
 
 import math
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from made_kernels import assert_as_exact, round_like_a_gpu, values_and_gradients
+from made_kernels import (
+    DEVICE,
+    INTERPRETED,
+    assert_as_exact,
+    begin_as_nan,
+    round_like_a_gpu,
+    run_interpreted,
+    values_and_gradients,
+)
 from torch import Tensor
 
 from kernels import attention as public
@@ -26,8 +31,6 @@ from kernels import attention_launch as launch  # noqa: E402
 # the interpreter computes with numpy
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs under the interpreter, by the first")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
@@ -36,23 +39,14 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests run by themselves")
 def test_all_of_these_under_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-m", "not gpu", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
 def prepared(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh seeds; outputs begin as NaN, so that whatever is not written shows."""
+    """Fresh seeds and NaN in what is not written."""
     torch.manual_seed(rng.randrange(2**31))
-    new_empty = Tensor.new_empty
-
-    def filled(self: Tensor, *args: object, **options: object) -> Tensor:
-        x = new_empty(self, *args, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(Tensor, "new_empty", filled)
+    begin_as_nan(monkeypatch)
     if INTERPRETED:
         round_like_a_gpu(monkeypatch)
         complete(monkeypatch)
