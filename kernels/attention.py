@@ -134,7 +134,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     causal = mask is None and n_queries > 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
-    if causal and q.device.type == "cpu" and n_queries in attention_cpu.WORTH_BLOCKS:
+    if causal and q.device.type == "cpu" and attention_cpu.worth_blocks(n_queries):
         out = attention_cpu.causal_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(

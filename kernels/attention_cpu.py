@@ -15,7 +15,12 @@ from torch.autograd import Function
 # FlashAttentionKernel.cpp in torch works on 32 queries at once, on 64 where it gets 192 and on 256
 # where it gets 768: then few blocks of our own are slower.
 BLOCK = 192
-WORTH_BLOCKS = range(256, 768)
+FEWEST_QUERIES, TOO_MANY_QUERIES = 256, 768
+
+
+def worth_blocks(n_queries: int) -> bool:
+    """Whether blocks are faster; by comparison, as torch.compile may not know the number."""
+    return FEWEST_QUERIES <= n_queries < TOO_MANY_QUERIES
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -237,3 +237,18 @@ def test_compiled_blocks_compute_the_same(seed: int) -> None:
     for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm(), name
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_another_length() -> None:
+    """The second length makes torch.compile treat it as unknown."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(dim=32, n_layers=1, n_heads=2, vocab_size=64))
+    model.init_weights(0)
+    tokens = torch.randint(64, (2, 301))
+    cuts = [tokens, tokens[:, :270], tokens[:1, :40]]
+    plain = [model(t[:, :-1], t[:, 1:])[0].sum() for t in cuts]
+    for block in model.layers:
+        block.compile()
+    for t, expected in zip(cuts, plain, strict=True):
+        torch.testing.assert_close(model(t[:, :-1], t[:, 1:])[0].sum(), expected)
