@@ -4,7 +4,7 @@ Checks every argument before anything is launched, then calls one of the backend
 share one key/value head; attention stays inside documents where their ids are given.
 """
 
-import os
+import math
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_cpu, attention_op, reference
+from kernels import attention_cpu, attention_op, dispatch, reference
 
 BACKENDS = ("triton", "gluon", "sdpa", "xformers", "reference")
 GLUON_TRITON = "3.6"
@@ -54,7 +54,7 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     package = "xformers" if kind == "xformers" else "triton"
     if find_spec(package) is None:
         return f"{package} is not installed"
-    interpreted = package == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = package == "triton" and dispatch.INTERPRETED
     if device.type != "cuda" and not interpreted:
         return "it needs a CUDA GPU"
     chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
@@ -100,15 +100,44 @@ def attention(
         backend = choose(backend, q.device, q.dtype, q.shape[-1])
     kind = backend.split(" ")[0]
     if kind in ("triton", "gluon"):
-        if doc_ids is not None and doc_ids.dim() == 2:
-            doc_ids = attention_op.documents(doc_ids)
-        return attention_op.attention(q, k, v, doc_ids, kind == "gluon", kind == backend)[0]
+        return _triton(q, k, v, doc_ids, backend)[0]
     if kind == "reference":
         return reference.attention(q, k, v, doc_ids)
     mask = doc_ids
     if doc_ids is not None and doc_ids.dim() == 2:
         mask = reference.visible(q.shape[1], doc_ids)
     return _xformers(q, k, v, mask) if kind == "xformers" else _sdpa(q, k, v, mask)
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None, backend: str = "reference"
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and log Σ exp(s) of every query's scores s: (B, H, T), float32 or wider.
+
+    Outputs over several sets of keys join by it to that over all. It has no gradient. Raises
+    `ValueError` for a backend that keeps it to itself.
+    """
+    _check(q, k, v, doc_ids, backend)
+    backend = choose(backend, q.device, q.dtype, q.shape[-1])
+    if backend == "reference":
+        log_sums = reference.attention_log_sums(q.detach(), k.detach(), doc_ids)
+        return reference.attention(q, k, v, doc_ids), log_sums
+    if not backend.startswith(("triton", "gluon")):
+        raise ValueError(f"backend {backend!r} has no lse to return: triton, gluon, reference do")
+    out, lse = _triton(q, k, v, doc_ids, backend)
+    return out, (lse[..., : q.shape[1]] * math.log(2)).to(reference.wide_dtype(q.dtype))
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output, and the log2 that the operator keeps."""
+    kind = backend.split(" ")[0]
+    if doc_ids is not None and doc_ids.dim() == 2:
+        doc_ids = attention_op.documents(doc_ids)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out, _, lse = attention_op.attention(q, k, v, doc_ids, keep, kind == "gluon", kind == backend)
+    return out, lse
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

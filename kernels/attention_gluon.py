@@ -121,11 +121,33 @@ def _blocks(
 
 
 @gluon.jit
+def _write(x, strides, b, h, m, T, tile, D: gl.constexpr):
+    """64 rows of a head, from m on, in a layout that writes whole lines of memory."""
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    start = x + b.to(gl.int64) * strides[0] + h.to(gl.int64) * strides[2]
+    rows = m + gl.arange(0, M, gl.SliceLayout(1, flat))
+    columns = gl.arange(0, D, gl.SliceLayout(0, flat))
+    where = start + rows.to(gl.int64)[:, None] * strides[1] + columns[None, :]
+    gl.store(where, gl.convert_layout(tile, flat), (rows < T)[:, None])
+
+
+@gluon.jit
+def _rest(x, DTYPE: gl.constexpr):
+    """As in attention_triton.py."""
+    SHIFT: gl.constexpr = 8 if DTYPE == gl.bfloat16 else 5
+    kept = x.to(DTYPE).to(gl.float32)
+    bits = x.to(gl.int32, bitcast=True) - kept.to(gl.int32, bitcast=True)
+    bits = (bits + (1 << (SHIFT - 1))) >> SHIFT
+    return gl.minimum(gl.maximum(bits, -128), 127).to(gl.int8)
+
+
+@gluon.jit
 def _consume(
-    c: gl.constexpr, out, lse, docs, strides, tiles, barriers, where, scale,
-    DOCS: gl.constexpr, D: gl.constexpr,
+    c: gl.constexpr, memory, tiles, barriers, where, scale,
+    DOCS: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Attention of the 64 queries m + 64 c, ..."""
+    out, rest, lse, docs, strides = memory
     b, h, m, begin_block, end_block, TP, T, S, H = where
     q_ready, k_ready, k_free, v_ready, v_free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -178,19 +200,16 @@ def _consume(
     acc = hopper.warpgroup_mma(p, tiles[2].index(before % STAGES), acc)
     gl.store(lse + (b * H + h).to(gl.int64) * TP + rows - (S - T), top + gl.log2(total), rows < S)
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc_layout))[:, None]
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    tile = gl.convert_layout(acc.to(out.dtype.element_ty), flat)
-    start = out + b.to(gl.int64) * strides[3][0] + h.to(gl.int64) * strides[3][2]
-    rows = m + gl.arange(0, M, gl.SliceLayout(1, flat))
-    columns = gl.arange(0, D, gl.SliceLayout(0, flat))
-    where = start + rows.to(gl.int64)[:, None] * strides[3][1] + columns[None, :]
-    gl.store(where, tile, (rows < T)[:, None])
+    half: gl.constexpr = out.dtype.element_ty
+    _write(out, strides[3], b, h, m, T, acc.to(half), D)
+    if REST:
+        _write(rest, strides[3], b, h, m, T, _rest(acc, half), D)
 
 
 @gluon.jit
 def _forward(
-    q, k, v, out, strides, lse, docs, TP, T, S, H, group, scale,
-    DOCS: gl.constexpr, D: gl.constexpr,
+    q, k, v, out, rest, strides, lse, docs, TP, T, S, H, group, scale,
+    DOCS: gl.constexpr, REST: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     b, h = gl.program_id(0) // H, gl.program_id(0) % H
     # the longest rows first
@@ -226,10 +245,11 @@ def _forward(
     blocks = end_block - begin_block
     first: gl.constexpr = 0
     second: gl.constexpr = 1
+    memory = (out, rest, lse, docs, strides)
     gl.warp_specialize(
         [
-            (_consume, (first, out, lse, docs, strides, tiles, barriers, where, scale, DOCS, D)),
-            (_consume, (second, out, lse, docs, strides, tiles, barriers, where, scale, DOCS, D)),
+            (_consume, (first, memory, tiles, barriers, where, scale, DOCS, REST, D)),
+            (_consume, (second, memory, tiles, barriers, where, scale, DOCS, REST, D)),
             (_produce, (q, k, v, q_at, k_at, v_at, tiles, barriers, blocks, end_block)),
         ],
         [4, 4],
@@ -237,19 +257,23 @@ def _forward(
     )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None = None, keep: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention_launch.forward`; on Hopper, D of 64 or 128, in half precision."""
     run = launch.Run(q, k, docs)
     q, k, v = run.movable(q), run.movable(k), run.movable(v)
     out, lse = run.like(q), run.statistics(q, math.inf)
+    rest = run.rest(out, keep)
     plain = [run.tiles_of(x, n) for x, n in zip((q, k, v), HEIGHTS, strict=True)]
     tiles = [TensorDescriptor(x.base, x.shape, x.strides, x.block_shape, TILE) for x in plain]
     run.start(
         _forward, (run.B * run.H, triton.cdiv(run.T, 2 * M.value)), q,
-        *tiles, out, launch.strides_of(q, k, v, out), lse, run.first_keys(lse), lse.shape[2],
-        run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None, D=run.D, num_warps=4,
+        *tiles, out, rest, launch.strides_of(q, k, v, out), lse, run.first_keys(lse), lse.shape[2],
+        run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None, REST=keep, D=run.D,
+        num_warps=4,
     )  # fmt: skip
-    return out, lse
+    return out, rest, lse
 
 
 def gate(arch: int) -> Iterator[dict[str, Any]]:
@@ -261,7 +285,8 @@ def gate(arch: int) -> Iterator[dict[str, Any]]:
     for D in (64, 128):
         tiles = zip("qkv", HEIGHTS, strict=True)
         types: dict[str, Any] = {x: f"tensordesc<bf16[{n}, {D}],{TILE!r}>" for x, n in tiles}
-        types |= {"out": "*bf16:16", "lse": "*fp32:16", "docs": "*i32:16", "scale": "fp32"}
+        types |= {"out": "*bf16:16", "rest": "*i8:16", "lse": "*fp32:16", "docs": "*i32:16"}
+        types["scale"] = "fp32"
         types |= dict.fromkeys(("TP", "T", "S", "H"), "i32:16") | {"group": "i32"}
         types["strides"] = (("i32:16",) * 3,) * 4
         for docs in (False, True):
@@ -269,7 +294,7 @@ def gate(arch: int) -> Iterator[dict[str, Any]]:
                 "name": f"gluon forward bf16 D {D}{' documents' * docs}",
                 "kernel": _forward,
                 "signature": {x: types[x] for x in _forward.arg_names if x in types},
-                "constants": {"DOCS": docs, "D": D},
+                "constants": {"DOCS": docs, "REST": True, "D": D},
                 "warps": 4,
                 "stages": 1,
                 "products": True,

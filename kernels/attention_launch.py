@@ -19,12 +19,10 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention_triton as kernels
+from kernels.launch import STATISTICS_ROWS
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Statistics of rows lie in memory in multiples of this, the highest tile.
-ROWS = 128
 
 
 class Tile(NamedTuple):
@@ -63,26 +61,31 @@ def arch_of(x: Tensor) -> int:
     return 90 if x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0) else 80
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, D) and lse, the log2 of the sums of 2^s: (B, H, T up to ROWS).
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None = None, keep: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, T, H, D), what its rounding cut off, and lse, log2 of the sums of 2^s.
 
-    lse is float32, beside float32 inputs float64; past T it is infinite.
+    lse is (B, H, T up to a multiple of STATISTICS_ROWS), float32, beside float32 inputs float64;
+    past T it is infinite. What was cut off is int8 like the output, for the backward pass: empty
+    where there is none to `keep`, and beside float32.
     """
     run = Run(q, k, docs)
     q, k, v = run.movable(q), run.movable(k), run.movable(v)
     out, lse = run.like(q), run.statistics(q, math.inf, wide=True)
+    rest = run.rest(out, keep)
     tile = run.tile("forward")
     tensors = run.tiles_of(q, tile.M), run.tiles_of(k, tile.N), run.tiles_of(v, tile.N), out
     run.launch(
         kernels._forward, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
-        *tensors, strides_of(q, k, v, out), lse, run.first_keys(lse), lse.shape[2], run.T, run.S,
-        run.H, run.group, run.scale, DOCS=docs is not None,
+        *tensors, rest, strides_of(q, k, v, out, out), lse, run.first_keys(lse), lse.shape[2],
+        run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None, REST=rest.numel() > 0,
     )  # fmt: skip
-    return run.cut(out), lse
+    return run.cut(out), run.cut(rest), lse
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
     docs: Tensor | None = None, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, from the gradient of `out` and what `forward` returned.
@@ -92,15 +95,29 @@ def backward(
     """
     run = Run(q, k, docs)
     grad, q, k, v, out = (run.movable(x) for x in (grad, q, k, v, out))
-    delta = run.statistics(q, 0.0)
-    run.launch(
-        kernels._delta, (run.B * run.H, triton.cdiv(run.T, DELTA.M)), DELTA,
-        run.tiles_of(out, DELTA.M), run.tiles_of(grad, DELTA.M), strides_of(out, grad), delta,
-        delta.shape[2], run.T, run.H,
-    )  # fmt: skip
-    fused = not deterministic and run.tile("fused") is not None
+    kept = rest.numel() > 0
+    rest = run.movable(rest) if kept else rest
+    delta, exact = run.statistics(q, 0.0), run.itemsize == 4
+    if not exact:
+        run.launch(
+            kernels._delta, (run.B * run.H, triton.cdiv(run.T, DELTA.M)), DELTA,
+            run.tiles_of(out, DELTA.M), rest, run.tiles_of(grad, DELTA.M),
+            strides_of(out, rest if kept else out, grad), delta, delta.shape[2], run.T, run.H,
+            REST=kept,
+        )  # fmt: skip
+    fused = not (deterministic or exact) and run.tile("fused") is not None
     dk, dv = run.like(k), run.like(v)
     dq = run.zeros(q) if fused else run.like(q)
+    if not fused:
+        # before the others, as in float32 it makes δ
+        tile = run.tile("dq")
+        tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
+        run.launch(
+            kernels._dq, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
+            *tensors, dq, strides_of(q, k, v, grad, dq), lse, delta, run.first_keys(lse),
+            lse.shape[2], run.T, run.S, run.H, run.group, run.scale, run.root,
+            DOCS=docs is not None, EXACT=exact,
+        )  # fmt: skip
     tile = run.tile("fused" if fused else "dkdv")
     tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
     run.launch(
@@ -108,16 +125,8 @@ def backward(
         *tensors, dk, dv, run.tiles_of(dq, tile.M) if fused else dq,
         strides_of(q, k, v, grad, dk, dv, dq), run.rows_of(lse, tile.M), run.rows_of(delta, tile.M),
         run.first_keys(lse), run.last_queries(lse), lse.shape[2], run.T, run.S, run.K, run.group,
-        run.scale, DOCS=docs is not None, FUSED=fused,
+        run.scale, run.root, DOCS=docs is not None, FUSED=fused,
     )  # fmt: skip
-    if not fused:
-        tile = run.tile("dq")
-        tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
-        run.launch(
-            kernels._dq, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
-            *tensors, dq, strides_of(q, k, v, grad, dq), lse, delta, run.first_keys(lse),
-            lse.shape[2], run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None,
-        )  # fmt: skip
     return run.cut(dq.to(q.dtype)), run.cut(dk), run.cut(dv)
 
 
@@ -137,7 +146,8 @@ class Run:
         (self.B, self.T, self.H, self.D), (self.S, self.K) = q.shape, k.shape[1:3]
         self.docs, self.arch, self.itemsize = docs, arch_of(q), q.element_size()
         self.width = max(64 if self.itemsize == 4 else 32, triton.next_power_of_2(self.D))
-        self.group, self.scale = self.H // self.K, 1 / (math.log(2) * math.sqrt(self.D))
+        self.group, self.root = self.H // self.K, 1 / math.sqrt(self.D)
+        self.scale = self.root / math.log(2)
 
     def tile(self, kernel: str) -> Any:
         return tile(self.arch, self.itemsize, self.width, kernel, self.docs is not None)
@@ -166,9 +176,15 @@ class Run:
     def like(self, x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
 
+    def rest(self, out: Tensor, keep: bool) -> Tensor:
+        import torch
+
+        kept = keep and self.itemsize == 2
+        return out.new_empty(out.shape if kept else (0,), dtype=torch.int8)
+
     def cut(self, x: Tensor) -> Tensor:
         """Without the columns that `movable` added."""
-        return x if self.width == self.D else x[..., : self.D].contiguous()
+        return x if x.shape[-1] in (0, self.D) else x[..., : self.D].contiguous()
 
     def zeros(self, x: Tensor) -> Tensor:
         import torch
@@ -176,12 +192,12 @@ class Run:
         return x.new_zeros(x.shape, dtype=torch.float32)
 
     def statistics(self, x: Tensor, padding: float, wide: bool = False) -> Tensor:
-        """(B, H, T up to a multiple of ROWS), with `padding` past T; wider than x if `wide`."""
+        """(B, H, T rounded up) with `padding` past T, wider than x if `wide`."""
         import torch
 
         dtype = torch.float64 if wide and self.itemsize == 4 else torch.float32
-        shape = self.B, self.H, triton.cdiv(self.T, ROWS) * ROWS
-        if self.T % ROWS == 0:
+        shape = self.B, self.H, triton.cdiv(self.T, STATISTICS_ROWS) * STATISTICS_ROWS
+        if self.T % STATISTICS_ROWS == 0:
             return x.new_empty(shape, dtype=dtype)
         return x.new_full(shape, padding, dtype=dtype)
 
@@ -251,13 +267,13 @@ def _case(
     # the fused kernel adds its dq, in float32; the others write theirs
     read = {"q": tile.M, "k": tile.N, "v": tile.N, "grad": tile.M}
     function, written = {
-        "delta": (kernels._delta, ("out",)),
-        "forward": (kernels._forward, ("out",)),
+        "delta": (kernels._delta, ("out", "rest")),
+        "forward": (kernels._forward, ("out", "rest")),
         "dq": (kernels._dq, ("dq",)),
         "dkdv": (kernels._dkdv, ("dk", "dv", "dq")),
         "fused": (kernels._dkdv, ("dk", "dv")),
     }[kernel]
-    types: dict[str, Any] = dict.fromkeys(written, f"*{element}:16")
+    types: dict[str, Any] = dict.fromkeys(written, f"*{element}:16") | {"rest": "*i8:16"}
     types |= {"lse": "*fp64:16" if itemsize == 4 else "*fp32:16", "delta": "*fp32:16"}
     types |= {name: f"*{element}:16" for name in read} | {"dq": types.get("dq", "*fp32:16")}
     if arch == 90:
@@ -268,13 +284,16 @@ def _case(
             types |= {x: f"tensordesc<fp32[1, {tile.M}]>" for x in ("lse", "delta")}
         if kernel == "fused":
             types["dq"] = f"tensordesc<fp32[{tile.M}, {width}]>"
-    types |= dict.fromkeys(("docs", "ends"), "*i32:16") | {"scale": "fp32", "group": "i32"}
+    types |= dict.fromkeys(("docs", "ends"), "*i32:16") | {"group": "i32"}
     types |= dict.fromkeys(("TP", "T", "S", "H", "K"), "i32:16")
+    types |= dict.fromkeys(("scale", "root"), "fp32")
     tensors = sum(
-        name in ("q", "k", "v", "grad", "out", "dq", "dk", "dv") for name in function.arg_names
+        name in ("q", "k", "v", "grad", "out", "rest", "dq", "dk", "dv")
+        for name in function.arg_names
     )
     types["strides"] = (("i32:16",) * 3,) * tensors
-    constants = {"DOCS": docs, "M": tile.M, "N": tile.N, "D": width}
+    constants: dict[str, Any] = {"DOCS": docs, "REST": itemsize == 2, "EXACT": itemsize == 4}
+    constants |= {"M": tile.M, "N": tile.N, "D": width}
     if function is kernels._dkdv:
         constants["FUSED"] = kernel == "fused"
     constants = {x: size for x, size in constants.items() if x in function.arg_names}

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-# As in attention_launch.py, which only a machine with Triton can import.
-STATISTICS_ROWS = 128
+from kernels.launch import STATISTICS_ROWS
 
 
 def documents(doc_ids: Tensor) -> Tensor:
@@ -30,54 +29,58 @@ def documents(doc_ids: Tensor) -> Tensor:
 
 @custom_op("llama::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, gluon: bool, deterministic: bool
-) -> tuple[Tensor, Tensor]:
-    """Output (B, T, H, D), and log2 of the sums of 2^s (B, H, T rounded up) for the backward."""
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, keep: bool, gluon: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output (B, T, H, D), what `keep` keeps of its rounding, and log2 of the sums of 2^s."""
     from kernels import attention_launch
 
     if gluon:
         from kernels import attention_gluon
 
-        return attention_gluon.forward(q, k, v, docs)
-    return attention_launch.forward(q, k, v, docs)
+        return attention_gluon.forward(q, k, v, docs, keep)
+    return attention_launch.forward(q, k, v, docs, keep)
 
 
 @attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, gluon: bool, deterministic: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, keep: bool, gluon: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, T, H, _ = q.shape
     rows = (T + STATISTICS_ROWS - 1) // STATISTICS_ROWS * STATISTICS_ROWS
     wide = torch.float64 if q.dtype == torch.float32 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(B, H, rows, dtype=wide)
+    kept = keep and q.element_size() == 2
+    rest = q.new_empty(q.shape if kept else (0,), dtype=torch.int8)
+    return q.new_empty(q.shape), rest, q.new_empty(B, H, rows, dtype=wide)
 
 
 @custom_op("llama::attention_backward", mutates_args=())
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
     docs: Tensor | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from kernels import attention_launch
 
-    return attention_launch.backward(grad, q, k, v, out, lse, docs, deterministic)
+    return attention_launch.backward(grad, q, k, v, out, rest, lse, docs, deterministic)
 
 
 @attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
     docs: Tensor | None, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, docs, _, ctx.deterministic = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, docs, _, _, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, *output, docs)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     gradients = attention_backward(grad, *ctx.saved_tensors, ctx.deterministic)
-    return *gradients, None, None, None
+    return *gradients, None, None, None, None
 
 
 attention.register_autograd(_backward, setup_context=_save)

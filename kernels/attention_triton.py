@@ -4,11 +4,14 @@
 out, taken by strides. One pass over the keys with a running maximum (online softmax: Milakov and
 Gimelshein 2018; Dao 2023, FlashAttention-2), in base 2:
 
-    s = q kᵀ · scale   with scale = log2(e) / sqrt(D)
+    s = q kᵀ · scale   with scale = log2(e) / sqrt(D), root = 1 / sqrt(D)
     p = 2^(s - lse)    lse = log2 Σ 2^s of a row, saved for the backward pass
     o = p v            dv = pᵀ do     dp = do vᵀ
-    ds = p (dp - δ)    δ = Σ o do     dq = ds k / sqrt(D)     dk = dsᵀ q / sqrt(D)
+    ds = p (dp - δ)    δ = Σ o do     dq = ds k · root     dk = dsᵀ q · root
 
+Where few keys have all the weight, dp - δ is a small difference that the rounding of o would drown.
+So δ takes o as it was before it was rounded to half precision, of which a byte is kept (`_rest`);
+in float32 it is Σ p dp, with the dp that it is taken from.
 Blocks of keys that no query of a tile sees are never computed. What is left has three parts: the
 edge where documents begin, blocks that all queries see, and the diagonal; only the middle goes
 unmasked. On Hopper tiles move by TMA with descriptors made on the host, elsewhere by pointers.
@@ -19,9 +22,6 @@ import math
 
 import triton
 import triton.language as tl
-
-LN_2: tl.constexpr = tl.constexpr(math.log(2))
-
 
 # -- tiles in memory -------------------------------------------------------------------------------
 
@@ -80,6 +80,24 @@ def _add(x, strides, b, h, t, tile, length):
         tl.atomic_add(_pointers(x, strides, b, h, t, tile), tile, inside[:, None], sem="relaxed")
 
 
+@triton.jit
+def _rest(x, DTYPE: tl.constexpr):
+    """The 8 bits of float32 x that come after those kept by DTYPE, as a signed difference."""
+    SHIFT: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
+    kept = x.to(DTYPE).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True) - kept.to(tl.int32, bitcast=True)
+    bits = (bits + (1 << (SHIFT - 1))) >> SHIFT
+    return tl.minimum(tl.maximum(bits, -128), 127).to(tl.int8)
+
+
+@triton.jit
+def _with_rest(kept, rest):
+    """x in float32 again, to 2^-17 of bfloat16 and 2^-20 of float16."""
+    SHIFT: tl.constexpr = 8 if kept.dtype == tl.bfloat16 else 5
+    bits = kept.to(tl.float32).to(tl.int32, bitcast=True) + (rest.to(tl.int32) << SHIFT)
+    return bits.to(tl.float32, bitcast=True)
+
+
 # -- which keys a query sees -----------------------------------------------------------------------
 
 
@@ -111,6 +129,16 @@ def _queries_of(ends, n, T, S, DOCS: tl.constexpr, M: tl.constexpr, N: tl.conste
     return diagonal, middle, edge, end
 
 
+@triton.jit
+def _seen(n, rows, starts, DOCS: tl.constexpr, N: tl.constexpr):
+    """Which of the keys n, ..., n + N - 1 each query sees."""
+    keys = n + tl.arange(0, N)
+    seen = keys[None, :] <= rows[:, None]
+    if DOCS:
+        seen &= keys[None, :] >= starts[:, None]
+    return seen
+
+
 # -- forward ---------------------------------------------------------------------------------------
 
 
@@ -122,11 +150,7 @@ def _forward_blocks(
     for n in tl.range(begin, end, N):
         s = tl.dot(q, _load(k, n).T, input_precision="ieee")
         if MASK:
-            keys = n + tl.arange(0, N)
-            seen = keys[None, :] <= rows[:, None]
-            if DOCS:
-                seen &= keys[None, :] >= starts[:, None]
-            s = tl.where(seen, s, -math.inf)
+            s = tl.where(_seen(n, rows, starts, DOCS, N), s, -math.inf)
         higher = tl.maximum(top, tl.max(s, 1) * scale)
         p = tl.exp2(tl.fma(s, scale, -higher[:, None]))
         shrink = tl.exp2(top - higher)
@@ -139,8 +163,8 @@ def _forward_blocks(
 
 @triton.jit
 def _forward(
-    q, k, v, out, strides, lse, docs, TP, T, S, H, group, scale,
-    DOCS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    q, k, v, out, rest, strides, lse, docs, TP, T, S, H, group, scale,
+    DOCS: tl.constexpr, REST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     kv = h // group
@@ -164,7 +188,10 @@ def _forward(
             acc, top, total, q, k, v, parts[part], parts[part + 1], rows, starts, scale,
             part != 1, DOCS, N,
         )  # fmt: skip
-    _store(out, strides[3], b, h, t, acc / total[:, None], T)
+    o = acc / total[:, None]
+    _store(out, strides[3], b, h, t, o, T)
+    if REST:
+        _store(rest, strides[4], b, h, t, _rest(o, out.dtype.element_ty), T)
     rows = t + tl.arange(0, M)
     wide: tl.constexpr = lse.dtype.element_ty
     sums = top.to(wide) + tl.log2(total.to(wide))
@@ -188,14 +215,31 @@ def _weights(s, scale, lse):
 
 @triton.jit
 def _delta(
-    out, grad, strides, delta, TP, T, H, M: tl.constexpr, D: tl.constexpr
+    out, rest, grad, strides, delta, TP, T, H,
+    REST: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     t = tl.program_id(1) * M
-    o = _load(_head(out, strides[0], b, h, T, M, D), t).to(tl.float32)
-    do = _load(_head(grad, strides[1], b, h, T, M, D), t).to(tl.float32)
+    o = _load(_head(out, strides[0], b, h, T, M, D), t)
+    do = _load(_head(grad, strides[2], b, h, T, M, D), t).to(tl.float32)
     rows = t + tl.arange(0, M)
+    if REST:
+        o = _with_rest(o, tl.load(_pointers(rest, strides[1], b, h, t, o), (rows < T)[:, None]))
     tl.store(delta + tl.program_id(0).to(tl.int64) * TP + rows, tl.sum(o * do, 1), rows < T)
+
+
+@triton.jit
+def _delta_blocks(
+    delta, q, do, k, v, begin, end, rows, starts, lse, scale,
+    MASK: tl.constexpr, DOCS: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    for n in tl.range(begin, end, N):
+        p = _weights(tl.dot(q, _load(k, n).T, input_precision="ieee"), scale, lse[:, None])
+        share = p * tl.dot(do, _load(v, n).T, input_precision="ieee")
+        if MASK:
+            share = tl.where(_seen(n, rows, starts, DOCS, N), share, 0.0)
+        delta += tl.sum(share, 1)
+    return delta
 
 
 @triton.jit
@@ -210,10 +254,7 @@ def _dq_blocks(
         dp = tl.dot(do, _load(v, n).T, input_precision="ieee")
         ds = p * (dp - delta[:, None])
         if MASK:
-            keys = n + tl.arange(0, N)
-            seen = keys[None, :] <= rows[:, None]
-            if DOCS:
-                seen &= keys[None, :] >= starts[:, None]
+            seen = _seen(n, rows, starts, DOCS, N)
             # a query that sees one key alone has no gradient, whatever dp and δ are rounded to
             ds = tl.where(seen & (rows > starts)[:, None], ds, 0.0)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
@@ -222,8 +263,8 @@ def _dq_blocks(
 
 @triton.jit
 def _dq(
-    q, k, v, grad, dq, strides, lse, delta, docs, TP, T, S, H, group, scale,
-    DOCS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    q, k, v, grad, dq, strides, lse, delta, docs, TP, T, S, H, group, scale, root,
+    DOCS: tl.constexpr, EXACT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     kv = h // group
@@ -240,20 +281,29 @@ def _dq(
     do = _load(_head(grad, strides[3], b, h, T, M, D), t)
     of_head = tl.program_id(0).to(tl.int64) * TP + t + tl.arange(0, M)
     lse = tl.load(lse + of_head, rows < S, other=math.inf)
-    delta = tl.load(delta + of_head, rows < S, other=0.0)
+    if EXACT:
+        d = tl.zeros([M], tl.float32)
+        for part in tl.static_range(0 if DOCS else 1, 3):
+            d = _delta_blocks(
+                d, q, do, k, v, parts[part], parts[part + 1], rows, starts, lse, scale,
+                part != 1, DOCS, N,
+            )  # fmt: skip
+        tl.store(delta + of_head, d, rows < S)
+    else:
+        d = tl.load(delta + of_head, rows < S, other=0.0)
     acc = tl.zeros([M, D], tl.float32)
     for part in tl.static_range(0 if DOCS else 1, 3):
         acc = _dq_blocks(
-            acc, q, do, k, v, parts[part], parts[part + 1], rows, starts, lse, delta, scale,
+            acc, q, do, k, v, parts[part], parts[part + 1], rows, starts, lse, d, scale,
             part != 1, DOCS, N,
         )  # fmt: skip
-    _store(dq, strides[4], b, h, t, acc * (scale * LN_2), T)
+    _store(dq, strides[4], b, h, t, acc * root, T)
 
 
 @triton.jit
 def _dkdv_blocks(
     dk, dv, q, do, k, v, dq, dq_strides, b, h, begin, end, keys, last, alone, lse, delta,
-    row, TP, T, S, scale,
+    row, TP, T, S, scale, root,
     MASK: tl.constexpr, DOCS: tl.constexpr, FUSED: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Queries `begin` to `end` of one head; everything transposed: pᵀ is (N, M)."""
@@ -276,14 +326,14 @@ def _dkdv_blocks(
         dv = tl.dot(p.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
         dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
         if FUSED:
-            share = tl.dot(ds.T, k, input_precision="ieee") * (scale * LN_2)
+            share = tl.dot(ds.T, k, input_precision="ieee") * root
             _add(dq, dq_strides, b, h, t, share, T)
     return dk, dv
 
 
 @triton.jit
 def _dkdv(
-    q, k, v, grad, dk, dv, dq, strides, lse, delta, docs, ends, TP, T, S, K, group, scale,
+    q, k, v, grad, dk, dv, dq, strides, lse, delta, docs, ends, TP, T, S, K, group, scale, root,
     DOCS: tl.constexpr, FUSED: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -311,7 +361,7 @@ def _dkdv(
             to_k, to_v = _dkdv_blocks(
                 to_k, to_v, q_of, do_of, k, v, dq, strides[6], b, h, parts[part], parts[part + 1],
                 keys, last, alone, lse, delta, b * K * group + h,
-                TP, T, S, scale, part != 1, DOCS, FUSED, M,
+                TP, T, S, scale, root, part != 1, DOCS, FUSED, M,
             )  # fmt: skip
-    _store(dk, strides[4], b, kv, n, to_k * (scale * LN_2), S)
+    _store(dk, strides[4], b, kv, n, to_k * root, S)
     _store(dv, strides[5], b, kv, n, to_v, S)

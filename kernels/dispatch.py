@@ -25,11 +25,11 @@ LEFT_TO_INDUCTOR = ("swiglu",)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Triton's interpreter runs the kernels on CPU tensors, for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def on_triton(x: Tensor) -> bool:
-    return bool(_CUSTOM_OPS) and (x.is_cuda or _INTERPRETED) and x.dtype in TRITON_DTYPES
+    return bool(_CUSTOM_OPS) and (x.is_cuda or INTERPRETED) and x.dtype in TRITON_DTYPES
 
 
 def formula(name: str, x: Tensor) -> bool:
@@ -73,6 +73,8 @@ if find_spec("triton"):
     for _name, _file in _FILES.items():
         for _way in (f"{_name}_forward", f"{_name}_backward"):
             _CUSTOM_OPS[_way] = _custom_op(_way, _file)
+    _AGAIN = "swiglu_backward_with_product"
+    _CUSTOM_OPS[_AGAIN] = _custom_op(_AGAIN, "swiglu")
     _LOSS = "linear_cross_entropy_forward"
     _CUSTOM_OPS[_LOSS] = _custom_op(
         _LOSS,

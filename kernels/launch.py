@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Attention's statistics of rows lie in memory in multiples of this, its highest tile.
+STATISTICS_ROWS = 128
+
 
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Run as many programs, on the device of the first tensor; none for an empty tensor."""

@@ -110,15 +110,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None = None) ->
 
     `doc_ids` are (B, S), or the (B, 1, T, S) mask that `visible` makes of them.
     """
-    (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
+    weights = _scores(q, k, doc_ids).softmax(-1)  # (B, K, H/K, T, S)
+    out = torch.einsum("bkgts,bskd->btkgd", weights, v.to(weights.dtype))
+    return out.reshape(q.shape).to(q.dtype)
+
+
+def attention_log_sums(q: Tensor, k: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+    """log Σ exp(q kᵀ / sqrt(D)) over the keys that each query of `attention` sees: (B, H, T)."""
+    return _scores(q, k, doc_ids).logsumexp(-1).flatten(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, doc_ids: Tensor | None) -> Tensor:
+    """q kᵀ / sqrt(D), -inf where a query does not see a key: (B, K, H/K, T, S)."""
+    (T, H, D), (S, K) = q.shape[1:], k.shape[1:3]
     wide = wide_dtype(q.dtype)
     if doc_ids is None:
         doc_ids = torch.zeros(1, S, dtype=torch.long, device=q.device)
     grouped = q.to(wide).unflatten(2, (K, H // K))  # (B, T, K, H/K, D)
     scores = torch.einsum("btkgd,bskd->bkgts", grouped, k.to(wide)) / math.sqrt(D)
     seen = doc_ids if doc_ids.dim() == 4 else visible(T, doc_ids)
-    weights = scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1)  # (B, K, H/K, T, S)
-    return torch.einsum("bkgts,bskd->btkgd", weights, v.to(wide)).reshape(B, T, H, D).to(q.dtype)
+    return scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:

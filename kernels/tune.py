@@ -56,10 +56,10 @@ def work(kernel: str, head_dim: int, half: bool, docs: bool) -> Callable[[], Any
     q, k, v, grad = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4))
     ids = (torch.rand(shape[:2], device="cuda") < 1 / 1000).cumsum(1)
     given = attention_op.documents(ids) if docs else None
-    out, lse = attention_launch.forward(q, k, v, given)
+    out, rest, lse = attention_launch.forward(q, k, v, given)
     if kernel == "forward":
         return lambda: attention_launch.forward(q, k, v, given)
-    tensors = grad, q, k, v, out, lse, given, kernel != "fused"
+    tensors = grad, q, k, v, out, rest, lse, given, kernel != "fused"
     return lambda: attention_launch.backward(*tensors)
 
 

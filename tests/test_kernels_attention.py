@@ -58,6 +58,22 @@ def test_a_later_token_and_another_document_are_never_seen() -> None:
         assert not torch.equal(before[:, 7:12], after[:, 7:12])
 
 
+def test_outputs_over_parts_of_the_keys_join_by_their_log_sums() -> None:
+    q, k, v = (torch.randn(2, 30, heads, 16) for heads in (4, 2, 2))
+    doc_ids = (torch.rand(2, 30) < 0.2).cumsum(1)
+    whole, lse = kernel.attention_with_lse(q, k, v, doc_ids)
+    torch.testing.assert_close(whole, kernel.attention(q, k, v, doc_ids))
+    # the last query over the first and the last half of the keys, to which it is the latest
+    parts = [kernel.attention_with_lse(q[:, 29:], *(x[:, half] for x in (k, v)))
+             for half in (slice(15), slice(15, 30))]  # fmt: skip
+    total = torch.stack([part for _, part in parts]).logsumexp(0)
+    joined = sum(out * (part - total).exp().mT.unsqueeze(-1) for out, part in parts)
+    out, lse = kernel.attention_with_lse(q[:, 29:], k, v)
+    torch.testing.assert_close((joined, total), (out, lse))
+    with pytest.raises(ValueError, match="'sdpa' has no lse"):
+        kernel.attention_with_lse(q, k, v, backend="sdpa")
+
+
 def test_choose() -> None:
     assert kernel.choose("auto") == "sdpa"
     assert kernel.choose("reference") == "reference"
@@ -66,7 +82,7 @@ def test_choose() -> None:
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernel.dispatch, "INTERPRETED", False)
     installed = {"triton": object(), "xformers": None}
     monkeypatch.setattr(kernel, "find_spec", installed.get)
     kernel._why_not.cache_clear()

@@ -18,7 +18,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 @pytest.fixture(autouse=True)
 def prepared(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(rng.randrange(2**31))
-    monkeypatch.setattr(dispatch, "_INTERPRETED", False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
 
 
 def error(result: Tensor, truth: Tensor) -> float:
