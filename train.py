@@ -25,9 +25,12 @@ from llama.data import loader, mixture, schedule, shards
 from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply
+from llama.plan import layouts
 from llama.runtime import console, folder, metrics, oom, signals, world
 from llama.runtime.state import State, Step, resume, save
 
+# by then neither compiling nor the first reads show in the speed
+PLAN_AFTER_STEPS = 50
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -226,6 +229,8 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     console.announce(state)
     gc.collect()
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
+    planned = layouts.expected(cfg, state.micro_batch, here.size, here.chip)
+    settled = state.step + PLAN_AFTER_STEPS
     reader = loader.Loader(state.sources, state.order)
     clock = metrics.Clock(state.tokens)
 
@@ -243,6 +248,9 @@ def loop(state: State, stop: signals.Stop) -> str | None:
         row: dict[str, Any] = {}
         if state.step % cfg.log.every == 0 or state.step == 1 or last:
             row = console.log_row(state, measured, clock, reader.waited_s)
+            if planned and state.step >= settled:
+                here.say(console.beside_plan(planned, row))
+                row, planned = row | planned, {}
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):

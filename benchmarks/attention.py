@@ -123,10 +123,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    p = cli.parser("python -m benchmarks.attention", "Attention beside its peers on a GPU.")
+    p = harness.parser("attention", "Attention beside its peers on a GPU.")
     p.add_argument("--seq_len", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
     p.add_argument("--head_dim", type=int, nargs="+", default=[128, 64], choices=[64, 128])
-    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     a = p.parse_args(argv)
     where = gpu.device()
     results = {

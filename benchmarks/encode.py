@@ -1,19 +1,16 @@
 """Speed of the tokenizer beside sentencepiece itself: `python -m benchmarks.encode`.
 
 In: real text, by default the sources and documentation of the installed Python and its packages,
-each text once. Out: MB per CPU second of both in alternation from an empty cache, their ratio, how
-it grows with the text seen, several processes at once, cache and memory. The ids of both are
-compared as well.
+each text once. Out: MB per CPU second of both in alternation from an empty cache, their ratio,
+several processes at once, cache and memory. The ids of both are compared as well.
 """
 
 import hashlib
-import multiprocessing
-import os
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import sentencepiece
 from benchmarks import harness
 from llama import cli, files
 from llama.cli import UserError
+from llama.runtime import world
 from tokenizer.tokenizer import Tokenizer
 from tokenizer.train import train, training_lines
 
@@ -63,42 +61,28 @@ def size_of(texts: Sequence[str]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def turns(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts, about `TURN_BYTES` at a time."""
-    turn: list[str] = []
-    left = TURN_BYTES
-    for text in texts:
-        turn.append(text)
-        left -= len(text.encode())
-        if left <= 0:
-            yield turn
-            turn, left = [], TURN_BYTES
-    if turn:
-        yield turn
-
-
 def compare(model: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Both over all texts in turns: (bytes, CPU seconds of sentencepiece, of ours) per turn."""
+    """Both over all texts in turns of about `TURN_BYTES`: CPU seconds, tokens, cache, memory."""
     ours, theirs = Tokenizer(model), sentencepiece.SentencePieceProcessor(model_file=model)
-    rows, tokens = [], 0
-    before = harness.peak_bytes()
-    for turn in turns(texts):
+    seconds, tokens, before = np.zeros(2), 0, world.peak_bytes()
+    turn = -(-len(texts) * TURN_BYTES // size_of(texts))
+    for first in range(0, len(texts), turn):
+        part = texts[first : first + turn]
         began = time.process_time()
-        expected = [theirs.encode(text) for text in turn]
+        expected = [theirs.encode(text) for text in part]
         middle = time.process_time()
-        got = [ours.encode_array(text) for text in turn]
-        end = time.process_time()
+        got = [ours.encode_array(text) for text in part]
+        seconds += middle - began, time.process_time() - middle
         for a, b in zip(got, expected, strict=True):
             assert np.array_equal(a, b), "the ids differ from sentencepiece's"
             tokens += len(b)
-        rows.append((size_of(turn), middle - began, end - middle))
     assert ours.packer, "this model is encoded whole"
     return {
-        "turns": rows,
+        "sentencepiece_s": seconds[0],
+        "ours_s": seconds[1],
         "tokens": tokens,
-        "cache_chunks": ours.packer.cached_chunks,
-        "cache_bytes": ours.packer.cached_bytes,
-        "peak_growth_bytes": harness.peak_bytes() - before,
+        "cache_chunks": ours.packer.cache.cache_info().currsize,
+        "peak_growth_bytes": world.peak_bytes() - before,
     }
 
 
@@ -112,36 +96,8 @@ def in_processes(
     work: Callable[[str, Sequence[str]], Any], model: str, shares: Sequence[Sequence[str]]
 ) -> list[Any]:
     """Call `work` on each share in a process of its own, all at once."""
-
-    def child(share: Sequence[str], end: Connection) -> None:
-        end.send(work(model, share))
-
-    # forked, so that the text is neither read nor sent again
-    context = multiprocessing.get_context("fork")
-    running = []
-    for share in shares:
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(share, there))
-        process.start()
-        there.close()
-        running.append((process, here))
-    results = [here.recv() for _, here in running]
-    for process, _ in running:
-        process.join()
-    return results
-
-
-def parts(taken: Sequence[tuple[int, float, float]]) -> list[dict[str, Any]]:
-    """Bytes and CPU seconds of all turns and of each half."""
-    half = max(1, len(taken) // 2)
-    groups = {"all": taken, "first half": taken[:half], "last half": taken[-half:]}
-    sums = {
-        name: [sum(column) for column in zip(*rows, strict=True)] for name, rows in groups.items()
-    }
-    return [
-        {"text": name, "bytes": size, "sentencepiece_s": theirs_s, "ours_s": ours_s}
-        for name, (size, theirs_s, ours_s) in sums.items()
-    ]
+    with ProcessPoolExecutor(len(shares)) as pool:
+        return list(pool.map(work, [model] * len(shares), shares))
 
 
 def scaling(model: str, texts: Sequence[str], most: int) -> list[dict[str, float]]:
@@ -149,41 +105,16 @@ def scaling(model: str, texts: Sequence[str], most: int) -> list[dict[str, float
     rows = []
     for n in range(1, most + 1):
         shares = [texts[i::most] for i in range(n)]
-        sizes = [size_of(share) for share in shares]
-        turns_ = in_processes(alone, model, shares)
-        rows.append(
-            {
-                "processes": n,
-                "bytes_per_s": sum(s / t.wall_s for s, t in zip(sizes, turns_, strict=True)),
-                "bytes_per_cpu_s": sum(sizes) / sum(t.cpu_s for t in turns_),
-            }
-        )
+        sizes, turns = [size_of(share) for share in shares], in_processes(alone, model, shares)
+        speed = sum(size / turn.wall_s for size, turn in zip(sizes, turns, strict=True))
+        of_cpu = sum(sizes) / sum(turn.cpu_s for turn in turns)
+        rows.append({"processes": n, "bytes_per_s": speed, "bytes_per_cpu_s": of_cpu})
     return rows
 
 
-def measure(model: str, texts: list[str], most: int) -> dict[str, Any]:
-    """Run everything."""
-    (both,) = in_processes(compare, model, [texts])
-    found = parts(both.pop("turns"))
-    ratio = found[0]["sentencepiece_s"] / found[0]["ours_s"]
-    return {"ratio": ratio, "parts": found, "processes": scaling(model, texts, most), **both}
-
-
 def show(found: dict[str, Any]) -> str:
-    def speed(part: dict[str, Any], who: str) -> str:
-        return f"{part['bytes'] / 1e6 / part[f'{who}_s']:.2f}"
-
-    whole, first = found["parts"][0], found["processes"][0]
-    rows = [
-        (
-            part["text"],
-            f"{part['bytes'] / 1e6:.1f}",
-            speed(part, "sentencepiece"),
-            speed(part, "ours"),
-            f"{part['sentencepiece_s'] / part['ours_s']:.2f}",
-        )
-        for part in found["parts"]
-    ]
+    mb, first = found["bytes"] / 1e6, found["processes"][0]
+    speeds = (f"{mb / found[who]:.2f}" for who in ("sentencepiece_s", "ours_s"))
     together = [
         (
             x["processes"],
@@ -193,24 +124,23 @@ def show(found: dict[str, Any]) -> str:
         )
         for x in found["processes"]
     ]
+    header = ("MB", "sentencepiece MB/s", "ours MB/s", "ratio")
     return "\n\n".join(
         (
-            cli.table(("text", "MB", "sentencepiece MB/s", "ours MB/s", "ratio"), rows),
-            f"{whole['bytes'] / found['tokens']:.2f} bytes per token, cache"
-            f" {found['cache_chunks']:,} chunks in {cli.show_bytes(found['cache_bytes'])},"
-            f" peak memory grew by {cli.show_bytes(found['peak_growth_bytes'])}",
+            cli.table(header, [(f"{mb:.1f}", *speeds, f"{found['ratio']:.2f}")]),
+            f"{found['bytes'] / found['tokens']:.2f} bytes per token, {found['cache_chunks']:,}"
+            f" chunks cached, peak memory grew by {cli.show_bytes(found['peak_growth_bytes'])}",
             cli.table(("processes", "MB/s together", "of linear", "MB per CPU second"), together),
         )
     )
 
 
 def main(argv: list[str]) -> None:
-    p = cli.parser("python -m benchmarks.encode", "Speed of the tokenizer beside sentencepiece.")
+    p = harness.parser("encode", "Speed of the tokenizer beside sentencepiece.")
     p.add_argument("--input", type=str | None, help="folder of texts instead of Python's own")
     p.add_argument("--mb", type=float, default=50.0, help="text to encode")
     p.add_argument("--vocab_size", type=int, default=32_000)
     p.add_argument("--processes", type=int, default=2, help="at most so many at once")
-    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     args = p.parse_args(argv)
     paths = sysconfig.get_paths()
     folders = [Path(args.input or paths["stdlib"]), Path(args.input or paths["purelib"])]
@@ -226,11 +156,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "tokenizer.model"
         model.write_bytes(train(lines, args.vocab_size, 0.9999, 4192))
-        found = measure(str(model), texts, args.processes)
+        (both,) = in_processes(compare, str(model), [texts])
+        found = {"distinct_bytes": there, "bytes": size, **both}
+        found["ratio"] = both["sentencepiece_s"] / both["ours_s"]
+        found["processes"] = scaling(str(model), texts, args.processes)
     print(show(found))
-    if args.save:
-        facts = {"distinct_bytes": there, "bytes": size, **harness.versions("sentencepiece")}
-        print("\nsaved in", os.path.relpath(harness.save("encode", facts | found)))
+    harness.keep(args.save, "encode", found | harness.versions("sentencepiece"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ In: shapes of a model. Out, per shape and batch: tokens/s of this model and of t
 process, and their ratio. Of transformers' caches the one that is faster here is taken.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from benchmarks import harness, twin
 from benchmarks.harness import Comparison
 from llama import cli, costs, generate
-from llama.cli import UserError
 from llama.config import ModelConfig
 from llama.model import Transformer
 
@@ -88,7 +86,7 @@ def measure(cfg: ModelConfig, job: Job, n: int) -> dict[str, Any]:
     prompts = job.prompts(cfg.vocab_size)
     cache = faster_cache(other, prompts, job.new_tokens)
     runs = ours(model, prompts, job.new_tokens), theirs(other, prompts, job.new_tokens, cache)
-    speed = Comparison.of(harness.pairs(*runs, n))
+    speed = Comparison.of(harness.rounds(n, *runs))
     tokens = job.batch * job.new_tokens
     return {
         "tokens_per_s": tokens / speed.ours_s.median,
@@ -114,18 +112,14 @@ def show(results: dict[str, dict[int, dict[str, Any]]]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    p = cli.parser("python -m benchmarks.generate", "Generation beside transformers.")
-    p.add_argument("--shape", type=str, nargs="+", default=list(SHAPES), help="some of them")
+    p = harness.parser("generate", "Generation beside transformers.")
+    p.add_argument("--shape", type=str, nargs="+", default=list(SHAPES), choices=list(SHAPES))
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")
     p.add_argument("--prompt_tokens", type=int, default=64)
     p.add_argument("--new_tokens", type=int, default=128)
     p.add_argument("--pairs", type=int, default=10, help="turns of each")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
-    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     a = p.parse_args(argv)
-    for name in a.shape:
-        if name not in SHAPES:
-            raise UserError(f"--shape is {name!r}, expected some of {', '.join(SHAPES)}")
     torch.set_num_threads(a.threads)
     results = {
         name: {
@@ -136,15 +130,9 @@ def main(argv: list[str]) -> None:
     }
     print(f"{a.prompt_tokens} tokens of prompt, {a.new_tokens} new ones, {a.threads} threads")
     print(show(results))
-    if a.save:
-        facts = {
-            "threads": a.threads,
-            "prompt_tokens": a.prompt_tokens,
-            "new_tokens": a.new_tokens,
-            "parameters": {name: costs.parameters(SHAPES[name]) for name in a.shape},
-            **harness.versions("torch", "transformers"),
-        }
-        print("saved in", os.path.relpath(harness.save("generate", {**facts, "shapes": results})))
+    facts = vars(a) | {"parameters": {name: costs.parameters(SHAPES[name]) for name in a.shape}}
+    facts |= harness.versions("torch", "transformers")
+    harness.keep(a.save, "generate", {**facts, "shapes": results})
 
 
 if __name__ == "__main__":

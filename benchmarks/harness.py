@@ -8,9 +8,7 @@ and CPU time more than wall time. `save` writes results/<machine>/.
 import os
 import platform
 import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llama import files
+from llama import cli, files
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -43,13 +41,6 @@ def timed(work: Callable[[], object]) -> Turn:
 def rounds(n: int, *works: Callable[[], object]) -> list[tuple[Turn, ...]]:
     """`n` turns of each in alternation, after one of each that does not count."""
     return [tuple(timed(work) for work in works) for _ in range(n + 1)][1:]
-
-
-def pairs(
-    ours: Callable[[], object], theirs: Callable[[], object], n: int
-) -> list[tuple[Turn, ...]]:
-    """`rounds` of two."""
-    return rounds(n, ours, theirs)
 
 
 @dataclass(frozen=True)
@@ -99,23 +90,19 @@ def _spreads(times: Sequence[tuple[float, float]]) -> tuple[Spread, Spread, Spre
 # -- the machine and the file ----------------------------------------------------------------------
 
 
-def peak_bytes() -> int:
-    """Most bytes of this process that were resident at once, so far."""
-    status = Path("/proc/self/status")
-    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        # what getrusage says here includes the process that started this one
-        return 1024 * int(found[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kibibytes, macOS bytes
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
 def processor() -> str:
     """The processor's name as it gives it."""
     info = Path("/proc/cpuinfo")
     if info.exists() and (found := re.search(r"model name\s*:\s*(.+)", info.read_text())):
         return found[1]
     return platform.processor() or platform.machine()
+
+
+def parser(name: str, purpose: str) -> cli.Parser:
+    """The options of `python -m benchmarks.<name>`, of which every benchmark has one."""
+    p = cli.parser(f"python -m benchmarks.{name}", purpose)
+    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
+    return p
 
 
 def machine(*more: str) -> str:
@@ -134,3 +121,9 @@ def save(name: str, result: dict[str, Any], *more: str) -> Path:
     path = RESULTS / machine(*more) / f"{name}.json"
     files.write_json(path, {"processor": processor(), "cores": os.cpu_count()} | result)
     return path
+
+
+def keep(wanted: bool, name: str, result: dict[str, Any], *more: str) -> None:
+    """`save`, and say where, for a command whose `--save` is given."""
+    if wanted:
+        print("saved in", os.path.relpath(save(name, result, *more)))

@@ -87,7 +87,7 @@ def speed(sources: dict[str, Source], batch: int, seq_len: int) -> Comparison:
         for _ in range(n):
             one()
 
-    return Comparison.of(harness.pairs(ours, theirs, 15))
+    return Comparison.of(harness.rounds(15, ours, theirs))
 
 
 def waiting(sources: dict[str, Source], batch: int, seq_len: int, step_s: float = 0.5) -> float:

@@ -5,7 +5,6 @@ torch.compile of the formula, by torch's own and by Liger where it is installed;
 loss over that of its three matrix products, and its memory; bytes/s of clipping and AdamW.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -125,17 +124,15 @@ def measure(name: str, shape: tuple[int, int, int], where: torch.device) -> dict
 
 
 def main(argv: list[str]) -> None:
-    p = cli.parser("python -m benchmarks.ops", "The kernels beside their peers on a GPU.")
+    p = harness.parser("ops", "The kernels beside their peers on a GPU.")
     p.add_argument("--shape", type=str, nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     a = p.parse_args(argv)
     where = gpu.device()
     results = {name: measure(name, SHAPES[name], where) for name in a.shape}
     facts = {"adamw_bytes_per_s": adamw(where), "copy_bytes_per_s": gpu.rates(where)[1]}
     print("  ".join(f"{key} {rate / 1e12:.2f}e12" for key, rate in facts.items()))
-    if a.save:
-        whole = {**facts, **harness.versions("torch", "triton"), **results}
-        print("saved in", os.path.relpath(harness.save("ops", whole, gpu.name())))
+    whole = {**facts, **harness.versions("torch", "triton"), **results}
+    harness.keep(a.save, "ops", whole, gpu.name())
 
 
 if __name__ == "__main__":

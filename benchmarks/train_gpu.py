@@ -6,7 +6,6 @@ goes, each kind of kernel next to the least that this chip needs for it.
 """
 
 import gc
-import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -61,22 +60,11 @@ def ours(cfg: Config, here: world.World) -> Step:
 
 def theirs(cfg: Config, here: world.World) -> Step:
     """The same step with transformers: bfloat16 by autocast over float32 weights, compiled."""
-    model: Any = twin.fresh(cfg.model, cfg.data.seq_len).to(here.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model = twin.fresh(cfg.model, cfg.data.seq_len).to(here.device)
     if here.device.type == "cuda":
         model.compile()
-
-    def step(tokens: Tensor) -> None:
-        for part in tokens.to(here.device).split(cfg.train.micro_batch):
-            inputs, targets = part[:, :-1], part[:, 1:].contiguous()
-            with torch.autocast(here.device.type, torch.bfloat16):
-                out = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False)
-            (out.loss * (len(part) / len(tokens))).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    step = twin.step(model, cfg.optim, cfg.train.micro_batch, autocast=True)
+    return lambda tokens: step(tokens.to(here.device))
 
 
 WHO: dict[str, Callable[[Config, world.World], Step]] = {"transformers": theirs, "ours": ours}
@@ -170,13 +158,12 @@ def measure(who: str, cfg: Config, here: world.World, n: int) -> dict[str, Any] 
 
 
 def main(argv: list[str]) -> None:
-    p = cli.parser("python -m benchmarks.train_gpu", "Training on one GPU beside transformers.")
+    p = harness.parser("train_gpu", "Training on one GPU beside transformers.")
     p.add_argument("--config", type=str, default="configs/llama_1b.yaml")
     p.add_argument("--seq_len", type=int, default=2048, help="tokens of a window")
     p.add_argument("--micro_batch", type=int, default=16, help="windows of a forward pass")
     p.add_argument("--accumulate", type=int, default=4, help="forward passes of a step")
     p.add_argument("--steps", type=int, default=5, help="steps that are measured")
-    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     a = p.parse_args(argv)
     gpu.device()
     sizes = {
@@ -192,9 +179,8 @@ def main(argv: list[str]) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         found[who] = measure(who, cfg, here, a.steps)
-    if a.save:
-        facts = sizes | harness.versions("torch", "triton", "transformers") | found
-        print("saved in", os.path.relpath(harness.save(f"train_{cfg.name}", facts, gpu.name())))
+    facts = sizes | harness.versions("torch", "triton", "transformers") | found
+    harness.keep(a.save, f"train_{cfg.name}", facts, gpu.name())
     world.stop()
 
 

@@ -7,22 +7,22 @@ machine's matrix-product peak and the peak memory of each in a process of its ow
 """
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import harness, twin
 from benchmarks.harness import Comparison
 from llama import cli, costs, optim
-from llama.cli import UserError
 from llama.config import ModelConfig, OptimConfig
 from llama.model import Transformer
+from llama.runtime import world
 
 Step = Callable[[], Tensor]
 
@@ -73,29 +73,6 @@ def ours(model: Transformer, tokens: Tensor) -> Step:
     return step
 
 
-def theirs(model: nn.Module, tokens: Tensor) -> Step:
-    """The same step as one writes it with transformers."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() > 1]},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, OPTIM.lr, OPTIM.betas, OPTIM.eps, OPTIM.weight_decay, fused=True
-    )
-
-    def step() -> Tensor:
-        # targets already shifted spare it a padded copy of them
-        out = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return out.loss.detach()
-
-    return step
-
-
 def both(shape: Shape, compiled: bool) -> tuple[Step, Step]:
     """Steps of ours and theirs, from the same weights."""
     model = Transformer(shape.model)
@@ -106,7 +83,7 @@ def both(shape: Shape, compiled: bool) -> tuple[Step, Step]:
             block.compile()
         # as a whole: so theirs is the fastest, as its loss is fused as well
         other.compile()
-    return ours(model, shape.tokens()), theirs(other, shape.tokens())
+    return ours(model, shape.tokens()), partial(twin.step(other, OPTIM), shape.tokens())
 
 
 # -- measurements ----------------------------------------------------------------------------------
@@ -163,9 +140,9 @@ def memory(shape: Shape, who: int) -> int:
 def _growth(shape: Shape, who: int, threads: int) -> int:
     torch.set_num_threads(threads)
     step = both(shape, compiled=False)[who]
-    before = harness.peak_bytes()
+    before = world.peak_bytes()
     step(), step()
-    return harness.peak_bytes() - before
+    return world.peak_bytes() - before
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -188,26 +165,20 @@ def show(name: str, found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    p = cli.parser("python -m benchmarks.train_step", "A training step beside transformers.")
-    p.add_argument("--shape", type=str, nargs="+", default=["base"], help=", ".join(SHAPES))
+    p = harness.parser("train_step", "A training step beside transformers.")
+    p.add_argument("--shape", type=str, nargs="+", default=["base"], choices=list(SHAPES))
     p.add_argument("--pairs", type=int, default=10, help="turns of each")
     p.add_argument("--threads", type=int, default=torch.get_num_threads())
     p.add_argument("--compiled", action="store_true", help="compare the compiled models as well")
-    p.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results")
     a = p.parse_args(argv)
-    for name in a.shape:
-        if name not in SHAPES:
-            raise UserError(f"--shape is {name!r}, expected some of {', '.join(SHAPES)}")
     torch.set_num_threads(a.threads)
     results = {}
     for name in a.shape:
         results[name] = measure(SHAPES[name], a.pairs, a.compiled)
         print(show(name, results[name]), flush=True)
-    if a.save:
-        facts = {"threads": a.threads, **harness.versions("torch", "transformers")}
-        name = f"train_step{'_compiled' * a.compiled}_{a.threads}_threads"
-        path = harness.save(name, {**facts, "shapes": results})
-        print("saved in", os.path.relpath(path))
+    facts = {"threads": a.threads, **harness.versions("torch", "transformers")}
+    name = f"train_step{'_compiled' * a.compiled}_{a.threads}_threads"
+    harness.keep(a.save, name, {**facts, "shapes": results})
 
 
 if __name__ == "__main__":

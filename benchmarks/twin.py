@@ -1,9 +1,16 @@
-"""The same model in transformers: a `Transformer` in, a `LlamaForCausalLM` with sdpa out."""
+"""The same model in transformers: a `Transformer` in, a `LlamaForCausalLM` with sdpa out.
 
-from torch import nn
+And a training step of it, as one writes it with transformers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from llama.cli import UserError
-from llama.config import ModelConfig
+from llama.config import ModelConfig, OptimConfig
 from llama.convert import names
 from llama.model import Transformer
 
@@ -39,3 +46,31 @@ def fresh(cfg: ModelConfig, context: int) -> nn.Module:
     )
     model: nn.Module = LlamaForCausalLM(config)
     return model
+
+
+def step(
+    model: Any, cfg: OptimConfig, micro_batch: int | None = None, autocast: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """From windows (B, T+1) to their loss: forward, backward, clipping and fused AdamW."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, cfg.lr, cfg.betas, cfg.eps, cfg.weight_decay, fused=True)
+
+    def one(tokens: Tensor) -> Tensor:
+        total = torch.zeros((), device=tokens.device)
+        for part in tokens.split(micro_batch or len(tokens)):
+            # targets already shifted spare it a padded copy of them
+            inputs, targets = part[:, :-1], part[:, 1:].contiguous()
+            with torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
+                out = model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False)
+            loss = out.loss * (len(part) / len(tokens))
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    return one

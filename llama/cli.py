@@ -9,7 +9,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -62,18 +61,14 @@ def count(value: str | int | float) -> int:
 
 def show_count(number: float) -> str:
     """1234 -> 1,234; 4194304 -> 4.19M; 1.4e12 -> 1.40T."""
-    for unit in "TBM":
-        if abs(number) >= _UNITS[unit]:
-            return f"{number / _UNITS[unit]:.2f}{unit}"
-    return f"{number:,.0f}"
+    unit = next((unit for unit in "TBM" if abs(number) >= _UNITS[unit]), "")
+    return f"{number / _UNITS[unit]:.2f}{unit}" if unit else f"{number:,.0f}"
 
 
 def show_bytes(number: float) -> str:
     """Bytes in powers of ten: 512 B, 3.2 MB, 1.4 TB."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if abs(number) >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number:.0f} B"
+    power = next((power for power in (4, 3, 2, 1) if abs(number) >= 1000**power), 0)
+    return f"{number / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def show_seconds(seconds: float) -> str:
@@ -194,12 +189,7 @@ class Progress:
         text = f"{self.label}: {show_count(self.done)}{of} {self.unit}".rstrip()
         print(f"{text}, {show_seconds(spent)}, {rate} {note}".rstrip(), file=sys.stderr, flush=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if self._bar:
             self._bar.stop()
         if kind is None:

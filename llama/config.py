@@ -5,9 +5,11 @@ in order, then the options. Unknown keys fail with a suggestion. What a run used
 `runs/<name>/config.yaml`, with the mixture's weights written in, and reruns it exactly.
 """
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ import yaml
 from jsonargparse.typing import register_type
 
 from llama import cli, files, limits
+from llama.cli import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -156,7 +159,7 @@ class ParallelConfig:
     shard: int = -1
     tensor: int = 1
     context: int = 1
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "manual", "selective", "full"] = "none"
 
 
 @dataclass
@@ -271,7 +274,7 @@ def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
     Raises `UserError` naming the key and the value for anything that cannot be trained.
     """
     argv = list(argv)
-    given = [value for _, value in _options(argv, "--config")]
+    given = _options(argv, "--config")
     if not given and (default := CONFIGS / "quickstart.yaml").exists():
         given, argv = [str(default)], ["--config", str(default), *argv]
     for path in given:
@@ -285,15 +288,18 @@ def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
     return cfg
 
 
-def _options(argv: Sequence[str], name: str) -> list[tuple[int, str]]:
-    """(position, value) of every `--name value` and `--name=value`."""
-    found = []
-    for i, arg in enumerate(argv):
-        if arg == name and i + 1 < len(argv):
-            found.append((i, argv[i + 1]))
-        elif arg.startswith(name + "="):
-            found.append((i, arg.partition("=")[2]))
-    return found
+def of_run(run: Path) -> Config:
+    """What a run folder was configured with."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder: it has no config.yaml")
+    return load(["--config", str(path)])
+
+
+def _options(argv: Sequence[str], name: str) -> list[str]:
+    """The values of every `--name value` and `--name=value`."""
+    words = [arg.split("=", 1) if arg.startswith("--") else [arg] for arg in argv]
+    return [value for option, value in pairwise(chain(*words)) if option == name]
 
 
 def _beside(path: str, argv: Sequence[str], given: Sequence[str]) -> Path:
@@ -318,15 +324,8 @@ def read_mixture(path: str | Path) -> dict[str, float]:
 
 def to_dict(cfg: Config) -> dict[str, Any]:
     """Nested plain values, as they are written to YAML and JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return int(value) if isinstance(value, Count) else value
-
-    return {key: plain(value) for key, value in asdict(cfg).items()}
+    found: dict[str, Any] = json.loads(json.dumps(asdict(cfg)))
+    return found
 
 
 def to_yaml(cfg: Config) -> str:
@@ -339,16 +338,19 @@ def check(cfg: Config) -> None:
     limits.check(to_dict(cfg))
 
 
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as one level of dotted ones."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines `key: old -> new` for every value that differs between two nested configurations."""
-    lines: list[str] = []
-    for key in [*old, *(k for k in new if k not in old)]:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a} -> {b}")
-    return lines
+    a, b = flat(old, prefix), flat(new, prefix)
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in a | b if a.get(key) != b.get(key)]
 
 
 def total_steps(cfg: TrainConfig) -> int:

@@ -1,41 +1,114 @@
 """What a model costs: parameters, FLOPs and bytes of a configuration, and what chips can do.
 
-A configuration in, integers out. A multiplication and an addition count as two FLOPs, the backward
-pass as twice the forward pass, recomputation as nothing; norms, RoPE and softmax are left out.
+A configuration and a layout in, numbers out: a run, its plan and its out-of-memory message ask the
+same functions. A multiplication and an addition count as two FLOPs, the backward pass as twice the
+forward pass, recomputation as nothing; norms, RoPE and softmax are left out.
 """
+
+import math
+from dataclasses import dataclass
 
 from llama.config import ModelConfig
 
-# Dense bf16 peak by the name the driver gives a chip, from NVIDIA's data sheets (H100 and H200: 132
-# SMs at 1830 MHz). Their PCIe and NVL variants have other peaks; better no number than a wrong one.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-}
+Shapes = list[tuple[int, int]]
+
+
+# -- chips -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one GPU can do, and its place in the usual machine; a new chip is one entry of `CHIPS`.
+
+    Args:
+        driver: Name that the driver, and so torch, gives it.
+        flops: Dense bf16 peak per second, from the maker's data sheet.
+        matmul: What the best shapes of matrix products reach of it.
+        attention: What causal attention reaches, forward and backward, head size 128.
+        memory: Bytes that torch finds.
+        bandwidth: Bytes per second of its memory, by the data sheet.
+        link: Bytes per second to its neighbours in a machine, as collectives reach it.
+        node_link: Bytes per second of all network cards of a machine together.
+        watts: Its power limit, which the paper counts (§6).
+        node: GPUs in a machine.
+    """
+
+    driver: str
+    flops: float
+    matmul: float
+    attention: float
+    memory: float
+    bandwidth: float
+    link: float
+    node_link: float
+    watts: float
+    node: int = 8
+
+
+# Peaks: NVIDIA's data sheets (H100 and H200: 132 SMs at 1830 MHz). PCIe and NVL variants of Hopper
+# have other peaks; better no number than a wrong one. Matrix products: the largest found by
+# stas00/ml-engineering. Attention: figures of FlashAttention-2 at 2k to 4k tokens. Links: NCCL's
+# own ceiling of 235 GB/s for NVLink 3, and that scaled to NVLink 4; a card of 200 or 400 Gb/s a
+# GPU. A100 on PCIe: products and attention are estimates for its power limit; NVLink joins pairs
+# only, so its link is PCIe 4.
+CHIPS = {
+    "a100-40g": Chip("NVIDIA A100-SXM4-40GB", 312e12, 271e12, 164e12, 42.3e9, 1.56e12,
+                     235e9, 200e9, 400),
+    "a100-80g": Chip("NVIDIA A100-SXM4-80GB", 312e12, 271e12, 164e12, 85.0e9, 2.04e12,
+                     235e9, 200e9, 400),
+    "a100-pcie-40g": Chip("NVIDIA A100-PCIE-40GB", 312e12, 230e12, 140e12, 42.3e9, 1.56e12,
+                          20e9, 50e9, 250),
+    "a100-pcie-80g": Chip("NVIDIA A100 80GB PCIe", 312e12, 240e12, 145e12, 85.0e9, 1.94e12,
+                          20e9, 50e9, 300),
+    "h100-80g": Chip("NVIDIA H100 80GB HBM3", 989.4e12, 794e12, 308e12, 85.0e9, 3.35e12,
+                     350e9, 400e9, 700),
+    "h200-141g": Chip("NVIDIA H200", 989.4e12, 794e12, 308e12, 150.1e9, 4.8e12,
+                      350e9, 400e9, 700),
+}  # fmt: skip
+
+
+def chip_of(device_name: str) -> Chip | None:
+    """The chip that torch calls so; None for one that is not in the table."""
+    return next((chip for chip in CHIPS.values() if chip.driver == device_name), None)
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a chip as torch names it; None for one that is not in the table."""
-    return PEAK_FLOPS.get(device_name)
+    chip = chip_of(device_name)
+    return chip.flops if chip else None
+
+
+# -- parameters and FLOPs --------------------------------------------------------------------------
+
+
+def shapes(cfg: ModelConfig, tensor: int = 1) -> tuple[Shapes, Shapes]:
+    """(rows, columns) of a block's weights and of the others, in one of `tensor` processes.
+
+    Gains of norms have one column. Rows of wq, wk, wv, w1, w3 and of both vocabulary matrices are
+    divided, columns of wo and w2 (Shoeybi et al. 2019).
+    """
+    assert cfg.vocab_size, "the vocabulary size is known before costs are asked for"
+    C, F, V = cfg.dim, cfg.hidden_dim // tensor, cfg.vocab_size // tensor
+    heads, kv_heads = C // tensor, cfg.kv_heads * cfg.head_dim // tensor
+    attention = [(heads, C), (kv_heads, C), (kv_heads, C), (C, heads)]
+    return [*attention, (F, C), (C, F), (F, C), (C, 1), (C, 1)], [(V, C), (V, C), (C, 1)]
+
+
+def _count(weights: Shapes, shard: int = 1) -> int:
+    """Weights, or what one of `shard` processes holds: FSDP divides rows, rounded up."""
+    return sum(math.ceil(rows / shard) * columns for rows, columns in weights)
 
 
 def matmul_parameters(cfg: ModelConfig) -> int:
     """Weights that a token is multiplied with: all matrices but the embedding."""
-    assert cfg.vocab_size, "the vocabulary size is known before costs are asked for"
-    attention = 2 * cfg.dim * (cfg.n_heads + cfg.kv_heads) * cfg.head_dim
-    feed_forward = 3 * cfg.dim * cfg.hidden_dim
-    return cfg.n_layers * (attention + feed_forward) + cfg.vocab_size * cfg.dim
+    block, rest = shapes(cfg)
+    return cfg.n_layers * _count([w for w in block if w[1] > 1]) + _count(rest[:1])
 
 
 def parameters(cfg: ModelConfig) -> int:
     """All weights: matrices, embedding, and the gains of two norms a block and one at the end."""
-    assert cfg.vocab_size, "the vocabulary size is known before costs are asked for"
-    gains = (2 * cfg.n_layers + 1) * cfg.dim
-    return matmul_parameters(cfg) + cfg.vocab_size * cfg.dim + gains
+    block, rest = shapes(cfg)
+    return cfg.n_layers * _count(block) + _count(rest)
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> tuple[int, int]:
@@ -49,17 +122,128 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> tuple[int, int]:
     return matmul + attention, matmul + 2 * attention
 
 
+# -- bytes -----------------------------------------------------------------------------------------
+
+
 def checkpoint_bytes(cfg: ModelConfig) -> int:
     """Size of a checkpoint: weights and both moments of AdamW in float32."""
     return 3 * 4 * parameters(cfg)
 
 
-def activation_bytes_per_token(cfg: ModelConfig, element_bytes: int = 2) -> int:
-    """What the blocks keep per token for the backward pass, without recompute.
+def activation_bytes_per_token(
+    cfg: ModelConfig, element_bytes: int = 2, recompute: str = "none"
+) -> int:
+    """What the blocks keep per token for the backward pass: in bf16 16d + 6f a block by `none`.
 
-    Per block: the inputs of both norms in float32 and their outputs; q, k, v and the attention's
-    output; gate, up, silu(gate) and the product of the feed-forward.
+    none: the input and output of both norms, q, k, v, the attention's output, gate, up and their
+    product. manual: without the outputs of norms and the product (12d + 4f). selective: the block's
+    input and the outputs of all seven matrix products and of attention (14d + 4f). full: the input.
+    Beside them one float32 number a head (attention) and a norm.
     """
-    kv_dim = cfg.kv_heads * cfg.head_dim
-    elements = 2 * cfg.dim + 2 * cfg.dim + 2 * kv_dim + 4 * cfg.hidden_dim
-    return cfg.n_layers * (4 * 2 * cfg.dim + element_bytes * elements)
+    d, kv, f = cfg.dim, 2 * cfg.kv_heads * cfg.head_dim, cfg.hidden_dim
+    elements, sums = {
+        "none": (6 * d + kv + 3 * f, cfg.n_heads + 2),
+        "manual": (4 * d + kv + 2 * f, cfg.n_heads + 2),
+        "selective": (5 * d + kv + 2 * f, cfg.n_heads),
+        "full": (d, 0),
+    }[recompute]
+    return cfg.n_layers * (element_bytes * elements + 4 * sums)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is spread: what decides the bytes and the speed of one process.
+
+    `accumulates`: whether a step has several micro-batches. `loss_elements`: logits held at once.
+    """
+
+    seq_len: int
+    micro_batch: int = 1
+    shard: int = 1
+    replicate: int = 1
+    tensor: int = 1
+    context: int = 1
+    recompute: str = "none"
+    element_bytes: int = 2
+    accumulates: bool = False
+    loss_elements: int = 2**26
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass in one process; its `tensor` group shares them."""
+        return self.micro_batch * self.seq_len // self.context
+
+    @property
+    def gpus(self) -> int:
+        return self.shard * self.replicate * self.tensor * self.context
+
+    @property
+    def shards(self) -> int:
+        """Processes that FSDP divides a weight over: those of one sequence share one copy too."""
+        return self.shard * self.context
+
+
+def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
+    """Bytes of a process by phase of a step, and in it by what they hold; the largest is the peak.
+
+    Counted as FSDP2 allocates: float32 weights, gradients and moments divided over the processes;
+    a block gathered in the type of the forward pass with the next one fetched ahead; gradients of a
+    block reduced in float32 while the next one is computed; the root gathered throughout.
+    """
+    e, t, n, L, tokens = at.element_bytes, at.tensor, at.shards, cfg.n_layers, at.tokens
+    block, root = (_count(part) for part in shapes(cfg, t))
+    block_share, root_share = (_count(part, n) for part in shapes(cfg, t))
+    share = L * block_share + root_share
+    d, f, head = cfg.dim, cfg.hidden_dim, (cfg.vocab_size or 0) * cfg.dim // t
+    kept = activation_bytes_per_token(cfg, e, at.recompute) * tokens // L // t
+    whole = activation_bytes_per_token(cfg, e) * tokens // L // t
+    # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
+    # travel; a single process in float32 does without it
+    copies, travels = at.gpus > 1 or e < 4, n > 1
+    # in a tensor group: the inputs of a block's first products, gathered over the sequence
+    sequence = 2 * e * d * tokens if t > 1 else 0
+    rows = min(tokens, max(128, at.loss_elements // (cfg.vocab_size or 1)))
+    # in float32 and as their gradient; the last piece's gradient is still there with the next one
+    logits = rows * ((6 if e < 4 else 4) + e * (rows < tokens)) * head // d + rows * d * e * (e > 2)
+    found = {}
+
+    def phase(name: str, gradients: int, activations: int, gathered: int, working: int) -> None:
+        found[name] = {
+            "parameters": 4 * share,
+            "gradients": 4 * share if at.accumulates else gradients,
+            "optimizer": 8 * share,
+            "activations": activations,
+            "gathered and in flight": gathered,
+            "working set": working,
+        }
+
+    last = 2 * e * d * tokens // t
+    in_loss = last // 2 + 4 * head + logits
+    phase("loss", 0, L * kept + last, e * (copies * root + travels * block), in_loss)
+    # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
+    inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
+    inside = max(inside + e * d * f // t + sequence, e * block + e * tokens * d // t)
+    for i in sorted({i for i in (0, 1, L - 2, L - 1) if 0 <= i < L}):
+        done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
+        # FSDP gives up what it sums over replicas at the end of the pass
+        output = done * (at.accumulates and at.replicate > 1)
+        ahead = e * copies * (root + (i > 0) * block)
+        name = f"block {i + 1}, backward pass"
+        held = ahead + e * copies * block + output + 4 * travels * follows * block
+        phase(name, done, i * kept, held, e * head + inside)
+        # weights of one process are not given up before
+        held = ahead + e * copies * (n == 1) * block + output + 4 * copies * block
+        reduced = e * head + e * block + e * tokens * d // t
+        phase(f"block {i + 1}, reduction", done, i * kept, held, reduced)
+    # in one process these are cast beside the embedding's own
+    twice = (n == 1) * (e * head * (not at.accumulates) + e * root * (e < 4))
+    done = 4 * L * block_share
+    held = 4 * copies * root + done * (at.accumulates and at.replicate > 1)
+    phase("end of the backward pass", done, 0, held, e * root + copies * twice)
+    phase("update", 4 * share, 0, 0, 0)
+    return found
+
+
+def peak(cfg: ModelConfig, at: Layout) -> tuple[str, dict[str, int]]:
+    """The phase of a step that takes most memory, and its parts."""
+    return max(memory(cfg, at).items(), key=lambda phase: sum(phase[1].values()))

@@ -1,8 +1,8 @@
 """Whether this machine can train, and what to do where it cannot: `python -m llama.doctor`.
 
 In: the machine. Out: a line per finding with a verdict: ok, note (training works, read this) or
-problem. Python alone is needed here, and every package is imported in a process of its own, so that
-whatever is missing or broken is a finding.
+problem (it does not). Python alone is needed here, and every package is imported in a process of
+its own, so that whatever is missing or broken is a finding.
 """
 
 import json
@@ -14,8 +14,8 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 from shutil import disk_usage, which
@@ -27,6 +27,7 @@ RENDEZVOUS_PORT = 29500
 LITTLE_DISK_BYTES = 10 * 10**9
 # What a package that is not required is for.
 OPTIONAL = {
+    "triton": "kernels on GPUs, torch brings it",
     "xformers": "attention on CUDA GPUs",
     "matplotlib": "python -m llama.report, extra `report`",
     "wandb": "--log.wandb, extra `wandb`",
@@ -35,13 +36,6 @@ OPTIONAL = {
 }
 # What is imported where that is not the distribution's name.
 MODULES = {"PyYAML": "yaml", "xformers": "xformers.ops"}
-# Variables that are set for a while and then forgotten, and what they do.
-FORGOTTEN = {
-    "PYTHONSAFEPATH": "hides the project's folder where it is not installed",
-    "CUDA_LAUNCH_BLOCKING": "is slow: each kernel waits for the one before it",
-    "TORCH_DISTRIBUTED_DEBUG": "is slow: every collective is checked",
-    "NCCL_P2P_DISABLE": "is slow: GPUs talk through host memory",
-}
 TORCH_PROBE = """
 import json, torch, torch.distributed as dist
 found = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "error": None}
@@ -66,17 +60,17 @@ print(json.dumps(found))
 
 
 class Finding(NamedTuple):
-    """`verdict` is ok, note or problem; a `fatal` problem makes training impossible."""
+    """What was looked at and what to do; `verdict` is ok, note or problem."""
 
     verdict: str
     name: str
     text: str
     todo: str = ""
-    fatal: bool = False
 
 
-ok, note, problem = (partial(Finding, verdict) for verdict in ("ok", "note", "problem"))
-fatal = partial(problem, fatal=True)
+def judged(good: object, name: str, text: str, todo: str = "", verdict: str = "note") -> Finding:
+    """ok where all is good; else the verdict, with what to do."""
+    return Finding("ok", name, text) if good else Finding(verdict, name, text, todo)
 
 
 def refuse_clashes() -> None:
@@ -94,10 +88,11 @@ def clashes() -> Iterator[Finding]:
         place = Path(spec.origin).parent.resolve() if spec and spec.origin else "nothing"
         if version := installed(name):
             text = f"the PyPI package {name} {version} is installed, ours has the same name"
-            yield fatal("names", text, f"`pip uninstall {name}`, or an environment of its own")
+            todo = f"`pip uninstall {name}`, or an environment of its own"
+            yield Finding("problem", "names", text, todo)
         elif place != (ROOT / name).resolve():
             text = f"`import {name}` finds {place} instead of {ROOT / name}"
-            yield fatal("names", text, "start in the project's folder")
+            yield Finding("problem", "names", text, "start in the project's folder")
 
 
 def installed(name: str) -> str | None:
@@ -137,25 +132,20 @@ def gigabytes(number: float) -> str:
 def basics() -> Iterator[Finding]:
     version = platform.python_version()
     text = f"{version}, {sys.platform} {platform.machine()}, {sys.prefix}"
-    if not at_least(version, "3.11"):
-        yield fatal("Python", text, "3.11 or newer is needed: make env PYTHON=python3.12")
-    elif sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ:
-        yield note("Python", f"{text}, no environment of its own", "make env")
-    else:
-        yield ok("Python", text)
-    ours = ok("names", "`kernels` and `tokenizer` are those of this project")
+    todo = "3.11 or newer is needed, in an environment of its own: make env PYTHON=python3.12"
+    own = sys.prefix != sys.base_prefix or "CONDA_PREFIX" in os.environ
+    enough = at_least(version, "3.11")
+    yield judged(enough and own, "Python", text, todo, "note" if enough else "problem")
+    ours = Finding("ok", "names", "`kernels` and `tokenizer` are those of this project")
     yield from list(clashes()) or [ours]
     # torch.compile and Triton call a C compiler while the program runs
     compiler = which("cc") or which("gcc") or which("clang")
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if compiler and headers.exists():
-        yield ok("compiler", f"{compiler}, with Python's headers")
-    else:
-        text = f"no {headers}" if compiler else "no C compiler"
-        yield note("compiler", text, "apt-get install gcc python3-dev, or --train.compile false")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{compiler or 'no C compiler'}, {'with' if headers.exists() else 'no'} {headers}"
+    todo = "apt-get install gcc python3-dev, or --train.compile false"
+    yield judged(compiler and headers.exists(), "compiler", text, todo)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield ok("CPU", f"{cores} cores, {gigabytes(memory)} of memory")
+    yield Finding("ok", "CPU", f"{os.cpu_count()} cores, {gigabytes(memory)} of memory")
 
 
 def requirements() -> dict[str, str]:
@@ -171,92 +161,67 @@ def requirements() -> dict[str, str]:
 
 
 def packages() -> Iterator[Finding]:
-    """Every requirement but torch: there, new enough, importable."""
-    wanted = {name: least for name, least in requirements().items() if name != "torch"}
-    # together first, which is quicker
-    all_work, _ = imported(*wanted)
-    good = True
-    for name, least in wanted.items():
-        works, said = (True, "") if all_work else imported(name)
-        version = installed(name) or "0"
-        if not works or not at_least(version, least):
-            good = False
-            text = f"{version}, {least} is needed" if works else f"import fails: {said}"
-            yield fatal(name, text, f"pip install '{name}>={least}'")
-    if good:
-        yield ok("packages", f"all {len(wanted)} required ones can be imported")
-
-
-def optional() -> Iterator[Finding]:
-    for name, purpose in OPTIONAL.items():
-        spec = util.find_spec(name)
+    """Every package but torch: there if it is required, new enough, importable."""
+    required = requirements()
+    required.pop("torch", None)
+    for name, least in (required | dict.fromkeys(OPTIONAL, "0")).items():
+        module = MODULES.get(name, name.replace("-", "_"))
+        spec = util.find_spec(module.partition(".")[0])
         # a folder of that name, as wandb leaves one, is a package without a file
-        there = spec and spec.origin
-        version = installed(name) or "of unknown version" if there else "not installed"
-        works, said = imported(name) if there else (True, "")
-        todo = f"pip install --force-reinstall {name}, or pip uninstall {name}"
-        broken = note(name, f"{version} cannot be imported: {said}", todo)
-        yield ok(name, f"{version}; for {purpose}") if works else broken
-
-
-def imported(*names: str) -> tuple[bool, str]:
-    return tried("import " + ", ".join(MODULES.get(n, n.replace("-", "_")) for n in names))
+        there, verdict = spec and spec.origin, "problem" if name in required else "note"
+        version = installed(name) or ("of unknown version" if there else "not installed")
+        text, todo = f"{version}; for {OPTIONAL.get(name, 'all')}", f"pip install '{name}>={least}'"
+        good = at_least(installed(name) or "0", least)
+        if there or name in required:
+            works, said = tried(f"import {module}")
+            good, text = good and works, text if works else f"{version} cannot be imported: {said}"
+        yield judged(good, name, text, todo, verdict)
 
 
 def torch_and_gpus() -> Iterator[Finding]:
     works, said = tried(TORCH_PROBE)
     if not works:
         todo = "make env; TORCH_INDEX=URL names another build"
-        yield fatal("torch", f"cannot be imported: {said}", todo)
+        yield Finding("problem", "torch", f"cannot be imported: {said}", todo)
         return
     found, least = json.loads(said), requirements().get("torch", "0")
     version, gpus = found["version"], found["gpus"]
     text = f"{version}, built for {'CUDA ' + found['cuda'] if found['cuda'] else 'CPUs'}"
-    old = fatal("torch", text, f"torch {least} or newer is needed")
-    yield ok("torch", text) if at_least(version, least) else old
-    if not found["gloo"]:
-        text = "this build has no gloo, which decisions and checkpoints go through"
-        yield fatal("gloo", text, "install another build of torch")
+    todo = f"torch {least} or newer is needed"
+    yield judged(at_least(version, least), "torch", text, todo, "problem")
+    text = "decisions and checkpoints go through it"
+    yield judged(found["gloo"], "gloo", text, "this build has none: take another", "problem")
     yield from map(_gpu, range(len(gpus)), gpus) if gpus else [_no_gpu(found)]
     if gpus:
+        text = ".".join(map(str, found["nccl"] or ["not in this build"]))
         todo = "install another build of torch, or hide the GPUs: CUDA_VISIBLE_DEVICES="
-        missing = fatal("NCCL", "not in this build", todo)
-        yield ok("NCCL", ".".join(map(str, found["nccl"]))) if found["nccl"] else missing
+        yield judged(found["nccl"], "NCCL", text, todo, "problem")
     # NCCL keeps buffers for every pair of GPUs there; containers often have 64 MB
     if len(gpus) > 1 and (size := disk_usage("/dev/shm").total) < 10**9:
         text = f"/dev/shm holds {gigabytes(size)}, little for NCCL"
-        yield note("memory", text, "docker run --ipc=host or --shm-size=8g")
-    works, said = imported("triton")
-    if works:
-        yield ok("triton", installed("triton") or "of unknown version")
-    elif not gpus and util.find_spec("triton") is None:
-        yield ok("triton", "not installed; for GPUs")
-    else:
-        todo = "--train.compile false, or reinstall torch, which brings it"
-        yield (problem if gpus else note)("triton", f"cannot be imported: {said}", todo)
+        yield Finding("note", "memory", text, "docker run --ipc=host or --shm-size=8g")
 
 
 def _gpu(index: int, gpu: dict[str, Any]) -> Finding:
     text = f"{index}: {gpu['name']}"
     if gpu["error"]:
         todo = "another build of torch, or leave it out by CUDA_VISIBLE_DEVICES"
-        return fatal("GPU", f"{text}: {gpu['error']}", todo)
+        return Finding("problem", "GPU", f"{text}: {gpu['error']}", todo)
     text += f", {gigabytes(gpu['free'])} of {gigabytes(gpu['total'])} free"
     if gpu["capability"] < [8, 0]:
-        return note("GPU", f"{text}, no bfloat16 in hardware", "--train.dtype float32")
-    if gpu["free"] < 0.9 * gpu["total"]:
-        return note("GPU", text, "nvidia-smi shows who uses the rest")
-    return ok("GPU", text)
+        return Finding("note", "GPU", f"{text}, no bfloat16 in hardware", "--train.dtype float32")
+    unused = gpu["free"] >= 0.9 * gpu["total"]
+    return judged(unused, "GPU", text, "nvidia-smi shows who uses the rest")
 
 
 def _no_gpu(found: dict[str, Any]) -> Finding:
-    if not which("nvidia-smi"):
-        return note("GPU", "none: training runs on the CPU, for small models")
-    if not found["cuda"]:
-        todo = "for a GPU: make env TORCH_INDEX=URL of a CUDA build"
-        return note("GPU", "an NVIDIA driver is here, torch cannot use it", todo)
-    todo = "compare the driver's CUDA version in nvidia-smi with torch's"
-    return problem("GPU", f"torch finds none: {found['error']}", todo)
+    text, todo = "none: training runs on the CPU, for small models", ""
+    if which("nvidia-smi"):
+        text = f"an NVIDIA driver is here, torch cannot use it: {found['error']}"
+        todo = "compare the driver's CUDA version in nvidia-smi with torch's"
+        if not found["cuda"]:
+            todo = "for a GPU: make env TORCH_INDEX=URL of a CUDA build"
+    return Finding("note", "GPU", text, todo)
 
 
 def disks() -> Iterator[Finding]:
@@ -265,54 +230,29 @@ def disks() -> Iterator[Finding]:
     for place in {place.stat().st_dev: place.resolve() for place in places}.values():
         free = disk_usage(place).free
         text = f"{gigabytes(free)} free in {place}"
-        if not os.access(place, os.W_OK):
-            yield fatal("disk", f"{place} is read-only", "start in another folder")
-        elif free < LITTLE_DISK_BYTES:
-            todo = "a checkpoint takes 12 bytes a parameter, 81 GB for 7B; two are kept"
-            yield note("disk", text, todo)
+        todo = "a checkpoint takes 12 bytes a parameter, 81 GB for 7B; two are kept"
+        if os.access(place, os.W_OK):
+            yield judged(free >= LITTLE_DISK_BYTES, "disk", text, todo)
         else:
-            yield ok("disk", text)
+            yield Finding("problem", "disk", f"{place} is read-only", "start in another folder")
 
 
 def network() -> Iterator[Finding]:
-    text = f"port {RENDEZVOUS_PORT}, where torchrun's processes meet"
+    text, problem = f"port {RENDEZVOUS_PORT}, where torchrun's processes meet", ""
     try:
         with socket.socket() as one:
             one.bind(("", RENDEZVOUS_PORT))
-        yield ok("ports", f"{text}, is free")
     except OSError as error:
-        todo = "torchrun --standalone on one machine, else --rdzv-endpoint HOST:OTHER"
-        yield note("ports", f"{text}: {error.strerror}", todo)
-    host = socket.gethostname()
-    try:
-        socket.getaddrinfo(host, None)
-        yield ok("host name", f"{host} has an address")
-    except OSError as error:
-        text = f"{host} has no address ({error.strerror}): processes may not find each other"
-        todo = f"add `127.0.0.1 {host}` to /etc/hosts, or export GLOO_SOCKET_IFNAME=lo"
-        yield note("host name", text, todo)
+        problem = f": {error.strerror}"
+    todo = "torchrun --standalone on one machine, else --rdzv-endpoint HOST:OTHER"
+    yield judged(not problem, "ports", f"{text}{problem or ', is free'}", todo)
+    # restarted processes may otherwise read addresses of dead ones (pytorch#135712)
+    variable = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    text = f"{variable}=1 is needed where torchrun restarts processes"
+    yield judged(os.environ.get(variable) == "1", "restarts", text, f"export {variable}=1")
 
 
-def environment() -> Iterator[Finding]:
-    env, cores, name = os.environ, os.cpu_count() or 1, "environment"
-    threads, rendezvous = env.get("OMP_NUM_THREADS", ""), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-    text = f"OMP_NUM_THREADS is {threads}"
-    if not threads.isdigit():
-        text = "OMP_NUM_THREADS is not set: torchrun gives each of several processes one thread"
-        yield note(name, text, f"on a CPU: export OMP_NUM_THREADS={cores} / processes")
-    else:
-        yield note(name, text, f"at most {cores}") if int(threads) > cores else ok(name, text)
-    text = "under torchrun, restarted processes may read addresses of dead ones (pytorch#135712)"
-    stale = note(name, text, f"export {rendezvous}=1")
-    yield ok(name, f"{rendezvous} is 1") if env.get(rendezvous) == "1" else stale
-    if (gpus := env.get("CUDA_VISIBLE_DEVICES")) is not None:
-        yield note(name, f"CUDA_VISIBLE_DEVICES is {gpus!r}: other GPUs are not seen")
-    for variable, effect in FORGOTTEN.items():
-        if (value := env.get(variable, "0").upper()) not in ("", "0", "OFF"):
-            yield note(name, f"{variable} is {value}, which {effect}", f"unset {variable}")
-
-
-CHECKS = [basics, packages, torch_and_gpus, optional, disks, network, environment]
+CHECKS = [basics, torch_and_gpus, packages, disks, network]
 
 
 def examine() -> Iterator[Finding]:
@@ -322,7 +262,7 @@ def examine() -> Iterator[Finding]:
             yield from check()
         except Exception as error:  # whatever is wrong with a machine, the other checks count
             text = f"cannot be checked: {type(error).__name__}: {error}"
-            yield note(check.__name__.replace("_", " "), text)
+            yield Finding("note", check.__name__.replace("_", " "), text)
 
 
 def shown(finding: Finding) -> str:
@@ -341,14 +281,13 @@ def main(argv: list[str]) -> int:
         from llama import cli
 
         cli.parser("python -m llama.doctor", "Whether this machine can train.").parse_args(argv)
-    count = {"ok": 0, "note": 0, "problem": 0, "fatal": 0}
+    count: Counter[str] = Counter()
     for finding in examine():
         count[finding.verdict] += 1
-        count["fatal"] += finding.fatal
         print(shown(finding), flush=True)
     told = ", ".join(f"{count[v]} {v}{'s' * (count[v] != 1)}" for v in ("problem", "note"))
-    print(f"\ntraining {'is not possible' if count['fatal'] else 'works'} here: {told}")
-    return 1 if count["fatal"] else 0
+    print(f"\ntraining {'is not possible' if count['problem'] else 'works'} here: {told}")
+    return 1 if count["problem"] else 0
 
 
 if __name__ == "__main__":

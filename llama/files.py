@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import orjson
@@ -117,6 +116,18 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except orjson.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def json_object(where: object, value: Any) -> dict[str, Any]:
+    """A value of a JSON file that must be an object."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is not a JSON object")
+    return value
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    return json_object(path, read_json(path))
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -240,15 +251,10 @@ class LineWriter:
         """Append one line; the newline is added here."""
         self._stream.write(line + b"\n")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         if kind is None and self._stream is not self._raw:
             self._stream.close()
-        self._manager.__exit__(kind, error, trace)
+        self._manager.__exit__(kind, *rest)
 
 
 def document_files(folder: str | Path) -> list[Path]:

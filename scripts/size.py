@@ -1,6 +1,7 @@
-"""Lines of the project: the total without tests, the largest files, the longest functions.
+"""Lines of the project: the total, the largest files, the longest functions.
 
-What counts is code: blank lines, comments and docstrings are shown, and cost nothing.
+What counts is the code that users run: tests, benchmarks, blank lines, comments and docstrings are
+shown, and cost nothing.
 """
 
 import ast
@@ -10,7 +11,9 @@ import sys
 import tokenize
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 LIMIT_LINES = 15_000
+JUDGES = ("tests/", "benchmarks/")
 _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 _NO_CODE |= {tokenize.ENDMARKER}
 
@@ -28,12 +31,16 @@ def code_lines(text: str) -> int:
     return len(lines)
 
 
+def listed_files() -> list[str]:
+    """Python files of the project: those that git has or would take."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sorted({path for path in listed.split() if (ROOT / path).exists()})
+
+
 def main() -> int:
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True
-    ).stdout.split()
-    files = {path: Path(path).read_text() for path in sorted(set(listed)) if Path(path).exists()}
-    code = {path: text for path, text in files.items() if not path.startswith("tests/")}
+    files = {path: (ROOT / path).read_text() for path in listed_files()}
+    code = {path: text for path, text in files.items() if not path.startswith(JUDGES)}
     lines = {path: text.count("\n") for path, text in code.items()}
     functions = [
         (node.end_lineno - node.lineno + 1, f"{path}:{node.lineno} {node.name}")
@@ -41,18 +48,20 @@ def main() -> int:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.FunctionDef) and node.end_lineno
     ]
-    tests = sum(text.count("\n") for path, text in files.items() if path.startswith("tests/"))
+    tests, benchmarks = (
+        sum(code_lines(text) for path, text in files.items() if path.startswith(folder))
+        for folder in JUDGES
+    )
     total = sum(map(code_lines, code.values()))
     print(
         f"{total:,} lines of code of at most {LIMIT_LINES:,}; with docstrings, comments and blank "
-        f"lines {sum(lines.values()):,}, and {tests:,} of tests\n"
+        f"lines {sum(lines.values()):,}; {tests:,} of tests and {benchmarks:,} of benchmarks\n"
     )
-    print("largest files")
-    for path, number in sorted(lines.items(), key=lambda item: -item[1])[:10]:
-        print(f"{number:6,}  {path}")
-    print("\nlongest functions")
-    for number, where in sorted(functions, reverse=True)[:10]:
-        print(f"{number:6,}  {where}")
+    largest = [(number, path) for path, number in lines.items()]
+    for title, found in (("largest files", largest), ("longest functions", functions)):
+        print(title)
+        for number, where in sorted(found, reverse=True)[:10]:
+            print(f"{number:6,}  {where}")
     return int(total > LIMIT_LINES)
 
 

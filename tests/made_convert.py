@@ -83,7 +83,7 @@ def make_run(place: Path, rng: random.Random, name: str = "run", **model: Any) -
     tensors |= {f"exp_avg.{name}": torch.rand_like(p) for name, p in transformer.named_parameters()}
     state = {
         "step": 5,
-        "segments": [s.to_json() for s in schedule.plan(cfg, sources).segments],
+        "segments": schedule.plan(cfg, sources).segments,
         "fingerprints": {"tokenizer": sources["web"].tokenizer_sha256},
         "config": config.to_dict(cfg),
     }

@@ -1,5 +1,7 @@
 """Parameters, FLOPs and bytes against values computed by hand."""
 
+import math
+
 import pytest
 
 from llama import costs
@@ -51,8 +53,31 @@ def test_checkpoint_holds_weights_and_two_moments() -> None:
 
 def test_activations_by_hand() -> None:
     cfg = ModelConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, ffn_dim=100, vocab_size=10)
-    # inputs of two norms in float32; 64 each of both outputs, q and attention, 16 of k and v, 4 F
-    assert costs.activation_bytes_per_token(cfg) == 2 * (4 * 128 + 2 * (4 * 64 + 2 * 16 + 400))
+    # 64 each: inputs and outputs of two norms, q, attention's output; 16 of k and of v; 3 F; and a
+    # float32 a head and a norm
+    assert costs.activation_bytes_per_token(cfg) == 2 * (2 * (6 * 64 + 2 * 16 + 300) + 4 * 10)
+    assert costs.activation_bytes_per_token(cfg, 4, "full") == 2 * 4 * 64
+
+
+@pytest.mark.parametrize(("mode", "d", "f"), [("none", 16, 6), ("manual", 12, 4)])
+def test_activations_of_7b_are_those_of_the_text_books(mode: str, d: int, f: int) -> None:
+    sums = 4 * (32 + 2)
+    expected = 32 * (d * 4096 + f * 11008 + sums)
+    assert costs.activation_bytes_per_token(LLAMA_7B, recompute=mode) == expected
+
+
+def test_a_tensor_group_divides_all_matrices_and_no_gain() -> None:
+    whole, part = costs.shapes(LLAMA_7B), costs.shapes(LLAMA_7B, 8)
+    for all_of_it, eighth in zip(sum(whole, []), sum(part, []), strict=True):
+        assert math.prod(all_of_it) == math.prod(eighth) * (1 if all_of_it[1] == 1 else 8)
+
+
+def test_shares_of_a_weight_are_whole_rows() -> None:
+    # 13B over 2,048 processes: 5,120 rows are 3 for the first of them, not 2.5
+    cfg = ModelConfig(dim=5120, n_layers=40, n_heads=40, vocab_size=32000)
+    share = costs.memory(cfg, costs.Layout(2048, shard=2048))["update"]["parameters"] / 4
+    block = 4 * 3 * 5120 + 2 * 7 * 5120 + 3 * 13824 + 2 * 3
+    assert share == 40 * block + 2 * 16 * 5120 + 3
 
 
 def test_chips() -> None:

@@ -13,6 +13,7 @@ from llama.data.mixture import PAPER_EPOCHS, main, plan_table
 from llama.data.shards import open_sources
 
 TABLE_1 = Path(__file__).parent.parent / "configs/mixtures/llama1.yaml"
+LLAMA = str(TABLE_1.parent.parent / "llama_65b.yaml")  # 1.4T tokens
 # Tokens of RedPajama-1T as published.
 REDPAJAMA = (
     "commoncrawl=878B,c4=175B,github=59B,wikipedia=24B,books=26B,arxiv=28B,stackexchange=20B"
@@ -33,7 +34,7 @@ def test_the_mixture_of_the_paper() -> None:
 
 
 def test_epochs_of_redpajama(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--source_tokens", REDPAJAMA, "--tokens", "1.4T", "--mixture", str(TABLE_1)])
+    main(["--config", LLAMA, "--source_tokens", REDPAJAMA])
     rows = columns(capsys.readouterr().out)
     assert {name: row[-2] for name, row in rows.items()} == {
         "commoncrawl": "1.07",
@@ -84,25 +85,24 @@ def test_rounded_weights_are_told() -> None:
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        (["--source_tokens", "c4=1B", "--tokens", "1B", "--mixture", str(TABLE_1)], "arxiv, books"),
-        (["--source_tokens", "c4", "--tokens", "1B", "--mixture", str(TABLE_1)], "'c4' is not"),
-        (["--source_tokens", "c4=0", "--tokens", "1B", "--mixture", str(TABLE_1)], "c4 has 0"),
-        (["--source_tokens", "c4=x", "--tokens", "1B", "--mixture", str(TABLE_1)], "'x'"),
-        (["--source_tokens", "c4=1B"], "--tokens and --mixture"),
-        (["--tokens", "1B"], "--source_tokens"),
-        (["--source_tokens", "c4=1B", "--tokens", "1B", "--mixture", "no.yaml"], "no.yaml"),
+        (["--source_tokens", "c4=1B"], "arxiv, books"),
+        (["--source_tokens", "c4"], "'c4' is not"),
+        (["--source_tokens", "c4=0"], "c4 has 0"),
+        (["--source_tokens", "c4=x"], "'x'"),
+        (["--source_tokens", "c4=1B", "--data.mixture", "no.yaml"], "no.yaml"),
+        (["--tokens", "1B"], "tokens"),
     ],
 )
 def test_mistakes_are_one_sentence(args: list[str], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        main(args)
+        main(["--config", LLAMA, *args])
 
 
 def test_weights_that_do_not_sum_to_1_are_refused_with_their_sum(tmp_path: Path) -> None:
     path = tmp_path / "mixture.yaml"
     path.write_text("web: 0.9\ncode: 0.2\n")
     with pytest.raises(UserError, match=r"mixture.yaml.* 1\.1"):
-        main(["--source_tokens", "web=1B,code=1B", "--tokens", "1B", "--mixture", str(path)])
+        main(["--source_tokens", "web=1B,code=1B", "--data.mixture", str(path)])
 
 
 def test_source_shorter_than_a_window_is_refused(rng: random.Random, tmp_path: Path) -> None:

@@ -291,6 +291,14 @@ def test_changed_options_tokenizer_or_input_are_refused(
         run(shard_tokens="4K")
     with pytest.raises(UserError, match="another tokenizer"):
         run(tokenizer=make_tokenizer(tmp_path / "other", pieces=390))
+    # the same size and other bytes; then the old ones again, as if the folder had been copied
+    path = sorted((tmp_path / "documents/web").iterdir())[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"?")
+    with pytest.raises(UserError, match=f"begun with other bytes in {path} .1 such"):
+        run()
+    path.write_bytes(content)
+    assert tree(run()) == before
     make_documents(rng, tmp_path / "documents", "books", 2, 30)
     output = run()
     assert {n: b for n, b in tree(output).items() if not n.startswith("books")} == before

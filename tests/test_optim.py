@@ -278,5 +278,3 @@ def test_schedules_of_odd_lengths() -> None:
         assert optim.learning_rate(cfg, 0, 1) == 0.1
         cfg.warmup_steps = 1
         assert optim.learning_rate(cfg, 0, 1) == 1.0
-    with pytest.raises(ValueError, match="'step'"):
-        schedule(schedule="step")

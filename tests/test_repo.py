@@ -33,6 +33,7 @@ RANKS = [
     ("llama.convert", 3),
     ("llama.report", 3),
     ("llama.doctor", 3),
+    ("llama.plan", 3),
     ("llama.__main__", 3),
     ("train", 4),
     ("benchmarks", 5),

@@ -242,10 +242,8 @@ def test_what_lies_beside_the_documents_is_not_read(documents: Path, tmp_path: P
 
 def test_the_shipped_configuration_is_the_paper_s(documents: Path, tmp_path: Path) -> None:
     shipped = ROOT / "configs" / "tokenizer.yaml"
-    args = module._parser().parse_args(
-        ["--config", str(shipped), "--input", str(documents), "--output", str(tmp_path)]
-    )
-    plain = module._parser().parse_args(["--input", str(documents), "--output", str(tmp_path)])
+    places = ["--input", str(documents), "--output", str(tmp_path)]
+    args, plain = module.parse(["--config", str(shipped), *places]), module.parse(places)
     for name in files.read_yaml(shipped):
         assert getattr(args, name) == getattr(plain, name), name
     assert args.vocab_size == 32_000 and args.character_coverage == 0.9999

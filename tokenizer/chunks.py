@@ -5,13 +5,13 @@ In: UTF-8 text and a function from a chunk to its ids. Out: the ids of all chunk
 BPE only ever joins neighbours whose union is a piece. Where no piece holds the two bytes at a
 border, no merge crosses that border, so that what lies on either side can be encoded by itself, in
 any order, once. Text is cut at such borders into chunks, mostly words. Numpy then looks up all
-chunks of a text at once in a table of short ones; a dict has the rest.
+chunks of a text at once in a table of short ones; a cache has the rest.
 """
 
-import sys
 import threading
 from array import array
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -33,8 +33,8 @@ ROW_IDS = 4
 TABLE_BITS = 18  # 2^18 rows of 33 bytes, or of 41 with ids of 32 bits
 BLOCK_CHUNKS = 1 << 14  # looked up at once; bounds the memory and stays in a processor's cache
 
-# Chunks kept in each of the dict's two generations, and bytes of a chunk that is kept: with ids and
-# Python's overhead about 150 bytes a chunk, 40 MB when both are full.
+# Chunks kept beside the table, and bytes of a chunk that is kept: with ids and Python's overhead
+# about 250 bytes a chunk, 33 MB when it is full.
 CACHE_CHUNKS = 1 << 17
 CACHE_CHUNK_BYTES = 64
 
@@ -95,24 +95,12 @@ class Packer:
         self, borders: Borders, encode: Callable[[str], list[int]], dtype: np.dtype
     ) -> None:
         self._borders = borders
-        self.cache = Cache(encode, dtype.char)
+        self._encode, self._dtype = encode, dtype
+        self.cache = lru_cache(CACHE_CHUNKS)(self._encoded)
         self._lock = threading.Lock()
         self._keys = np.full((1 << TABLE_BITS, KEY_BYTES // 8), NO_KEY, np.uint64)
         self._counts = np.zeros(1 << TABLE_BITS, np.uint8)
         self._ids = np.zeros((1 << TABLE_BITS, ROW_IDS), dtype)
-
-    @property
-    def cached_chunks(self) -> int:
-        return len(self.cache) + len(self.cache.old)
-
-    @property
-    def cached_bytes(self) -> int:
-        """Memory of the table and the dict with what they hold."""
-        size = self._keys.nbytes + self._counts.nbytes + self._ids.nbytes
-        for generation in (self.cache, self.cache.old):
-            size += sys.getsizeof(generation)
-            size += sum(sys.getsizeof(part) for pair in generation.items() for part in pair)
-        return size
 
     def pack(self, data: bytes) -> bytes:
         """The ids of all chunks of a text in UTF-8, one after the other."""
@@ -149,7 +137,8 @@ class Packer:
         new: list[tuple[int, bytes]] = []
         last = 0
         for i, end, start, size in zip(*(column.tolist() for column in columns), strict=True):
-            own = self.cache[data[start : start + size]]
+            known = self.cache if size <= CACHE_CHUNK_BYTES else self._encoded
+            own = known(data[start : start + size])
             parts += packed[last:end], own
             last = end
             if size < KEY_BYTES and len(own) <= ROW_IDS * ids.itemsize:
@@ -158,6 +147,9 @@ class Packer:
         chosen = [i for i, _ in new]
         self._add(rows[chosen], keys[chosen], [own for _, own in new])
         return parts
+
+    def _encoded(self, chunk: bytes) -> bytes:
+        return array(self._dtype.char, self._encode(chunk.decode())).tobytes()
 
     def _add(self, rows: np.ndarray, keys: np.ndarray, packed: list[bytes]) -> None:
         """Put chunks into the table in place of what was there."""
@@ -168,26 +160,3 @@ class Packer:
         self._counts[rows] = [len(part) // itemsize for part in packed]
         self._ids[rows] = np.frombuffer(padded, self._ids.dtype).reshape(-1, ROW_IDS)
         self._keys[rows] = keys
-
-
-class Cache(dict[bytes, bytes]):
-    """Chunk -> its ids packed, encoded on first sight.
-
-    Two generations keep it bounded at the price of a plain dict: when the young one is full it
-    becomes the old one, and what is used again comes back from there.
-    """
-
-    def __init__(self, encode: Callable[[str], list[int]], typecode: str) -> None:
-        self.encode, self.typecode = encode, typecode
-        self.old: dict[bytes, bytes] = {}
-
-    def __missing__(self, chunk: bytes) -> bytes:
-        packed = self.old.pop(chunk, None)
-        if packed is None:
-            packed = array(self.typecode, self.encode(chunk.decode())).tobytes()
-        if len(chunk) <= CACHE_CHUNK_BYTES:
-            if len(self) >= CACHE_CHUNKS:
-                self.old = dict(self)
-                self.clear()
-            self[chunk] = packed
-        return packed

@@ -10,11 +10,13 @@ Text is cut where no merge of the model can cross, and the ids of each chunk are
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from tokenizer.chunks import Borders, Packer, borders_for
 
@@ -22,10 +24,6 @@ SPACE_PIECE = "\u2581"  # what SentencePiece turns a space into
 
 # Shorter texts are faster at sentencepiece itself.
 SHORT_CHARS = 200
-
-# Field numbers of trainer_spec and normalizer_spec in sentencepiece_model.proto.
-_MODEL_TYPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
-_CHARSMAP, _ADD_DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
 
 
 class Tokenizer:
@@ -39,9 +37,10 @@ class Tokenizer:
         try:
             blob = self.path.read_bytes()
             self._model = _processor(blob)
+            self.spec = ModelProto.FromString(blob)
         except OSError as error:
             raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, DecodeError) as error:
             raise ValueError(f"tokenizer {path} is no SentencePiece model") from error
         self.sha256 = hashlib.sha256(blob).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
@@ -51,19 +50,24 @@ class Tokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.int32)
         # Characters U+2581 met so far: they come back as spaces.
         self.replaced_chars = 0
-        trainer, normalizer = _specs(blob)
-        if not trainer or not normalizer:
+        if not self.spec.HasField("trainer_spec") or not self.spec.HasField("normalizer_spec"):
             raise ValueError(f"tokenizer {path} is cut off: it lacks the options behind its pieces")
-        borders, reason = _borders(self._model, trainer, normalizer)
+        borders, reason = _borders(self.spec)
         self.packer: Packer | None = None
         if borders:
-            # A chunk carries its own leading space, so the model for chunks adds none: a field
-            # appended to a protobuf message overrides, here normalizer_spec.add_dummy_prefix = 0.
-            bare = _processor(blob + b"\x1a\x02\x18\x00")
-            self.packer = Packer(borders, bare.encode, self.dtype)
-            self._prefix = " " if normalizer.get(_ADD_DUMMY_PREFIX, 1) else ""
+            self._prefix = " " if self.adds_space else ""
+            # a chunk carries its own leading space: the model for chunks adds none
+            bare = ModelProto.FromString(blob)
+            bare.normalizer_spec.add_dummy_prefix = False
+            encode = _processor(bare.SerializeToString()).encode
+            self.packer = Packer(borders, encode, self.dtype)
         else:
             warnings.warn(f"{path} {reason}: text is encoded whole, without a cache", stacklevel=2)
+
+    @property
+    def adds_space(self) -> bool:
+        """Whether a space goes before every text."""
+        return bool(self.spec.normalizer_spec.add_dummy_prefix)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, those of `sentencepiece`; `ValueError` for a lone surrogate."""
@@ -101,67 +105,24 @@ def _processor(blob: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def _specs(blob: bytes) -> tuple[dict[int, int | bytes], dict[int, int | bytes]]:
-    """Fields of a model's trainer_spec and normalizer_spec by number, as far as they are set."""
-    specs: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}
-    for number, value in _fields(blob):
-        if number in specs and isinstance(value, bytes):
-            specs[number].update(_fields(value))
-    return specs[2], specs[3]
-
-
-def _borders(
-    model: sentencepiece.SentencePieceProcessor,
-    trainer: dict[int, int | bytes],
-    normalizer: dict[int, int | bytes],
-) -> tuple[Borders | None, str]:
+def _borders(spec: ModelProto) -> tuple[Borders | None, str]:
     """Where text may be cut without changing any id; or None and the reason."""
-    ids = range(model.get_piece_size())
+    trainer, normalizer, kinds = spec.trainer_spec, spec.normalizer_spec, spec.SentencePiece
     obstacles = {
-        "is no BPE model": trainer.get(_MODEL_TYPE, 1) != 2,
+        "is no BPE model": trainer.model_type != trainer.BPE,
         # a run of unknown characters becomes one <unk>, across any border
-        "has no byte fallback": not trainer.get(_BYTE_FALLBACK, 0),
-        "puts spaces behind words": trainer.get(_SPACE_AS_SUFFIX, 0),
-        "rewrites characters": normalizer.get(_CHARSMAP, b""),
-        "removes spaces": normalizer.get(_REMOVE_SPACES, 1),
-        "leaves spaces as they are": not normalizer.get(_ESCAPE_SPACES, 1),
+        "has no byte fallback": not trainer.byte_fallback,
+        "puts spaces behind words": trainer.treat_whitespace_as_suffix,
+        "rewrites characters": normalizer.precompiled_charsmap,
+        "removes spaces": normalizer.remove_extra_whitespaces,
+        "leaves spaces as they are": not normalizer.escape_whitespaces,
         # how an unused piece is taken apart depends on the merges of the whole text
-        "has unused pieces": any(model.is_unused(i) for i in ids),
+        "has unused pieces": any(piece.type == kinds.UNUSED for piece in spec.pieces),
     }
     for reason, holds in obstacles.items():
         if holds:
             return None, reason
-    silent = (model.is_control, model.is_unknown, model.is_byte)
-    pieces = [
-        model.id_to_piece(i).replace(SPACE_PIECE, " ")
-        for i in ids
-        if not any(kind(i) for kind in silent)
-    ]
+    silent = (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)
+    spoken = [piece.piece for piece in spec.pieces if piece.type not in silent]
+    pieces = [piece.replace(SPACE_PIECE, " ") for piece in spoken]
     return borders_for(pieces), "has pieces with a space behind a word"
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of the top-level fields of a protobuf message, fixed-width ones left out."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        elif kind == 2:
-            size = varint()
-            yield number, message[at : at + size]
-            at += size
-        else:
-            at += 8 if kind == 1 else 4

@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import sentencepiece
 
 from llama import cli, config, files
 from llama.cli import UserError
+from llama.config import Count
 from tokenizer.tokenizer import Tokenizer
 
 # What is not for the user to choose. The trainer writes its options into the model, so the number
@@ -42,12 +43,12 @@ FIXED: dict[str, Any] = {
     "num_threads": 16,
 }
 # Options, the least and the most that each may be.
-LIMITS: tuple[tuple[str, float, float], ...] = (
-    ("vocab_size", 3 + 256 + 1, math.inf),  # unk, BOS, EOS, the bytes, and a character
-    ("character_coverage", 0.98, 1),
-    ("sample_bytes", 1, math.inf),
-    ("max_line_bytes", 16, 1 << 30),
-)
+LIMITS: dict[str, tuple[float, float]] = {
+    "vocab_size": (3 + 256 + 1, math.inf),  # unk, BOS, EOS, the bytes, and a character
+    "character_coverage": (0.98, 1),
+    "sample_bytes": (1, math.inf),
+    "max_line_bytes": (16, 1 << 30),
+}
 
 # What the trainer says of a vocabulary that does not fit, and what that means.
 MISFITS = {
@@ -64,6 +65,31 @@ RESERVED = "\u2585"
 READ_TIMES = 4
 # Text per source and language on which bytes per token are measured.
 MEASURED_BYTES = 2_000_000
+
+
+@dataclass
+class Options:
+    """What the command takes.
+
+    Args:
+        input: Folder of documents, one per source.
+        output: Folder to make: tokenizer.model, manifest.json.
+        mixture: YAML of source: weight; without it sources weigh as much as they hold.
+        vocab_size: Pieces, exactly.
+        character_coverage: Share of the text's characters that get a piece of their own.
+        sample_bytes: Text to learn from.
+        max_line_bytes: Longer lines are cut.
+        seed: Of the choice of documents.
+    """
+
+    input: str
+    output: str
+    mixture: str | None = None
+    vocab_size: Count = Count(32_000)
+    character_coverage: float = 0.9999
+    sample_bytes: Count = Count(10**9)
+    max_line_bytes: Count = Count(4192)
+    seed: int = 0
 
 
 @dataclass
@@ -223,7 +249,7 @@ def _shares(sizes: dict[str, int]) -> dict[str, float]:
     return {name: size / total for name, size in sizes.items()}
 
 
-def make(args: Any, sources: dict[str, list[Path]], plan: dict[str, Any]) -> dict[str, Any]:
+def make(args: Options, sources: dict[str, list[Path]], plan: dict[str, Any]) -> dict[str, Any]:
     """Train and write the folder; returns its manifest."""
     disk = {name: sum(path.stat().st_size for path in paths) for name, paths in sources.items()}
     # without a mixture, sources have the weights of their sizes
@@ -274,7 +300,7 @@ def make(args: Any, sources: dict[str, list[Path]], plan: dict[str, Any]) -> dic
 
 
 def _plan(
-    args: Any, sources: dict[str, list[Path]], weights: dict[str, float] | None
+    args: Options, sources: dict[str, list[Path]], weights: dict[str, float] | None
 ) -> dict[str, Any]:
     """What the bytes of the model follow from: options, weights, and files by name and size."""
     listed = [
@@ -282,40 +308,31 @@ def _plan(
         for paths in sources.values()
         for path in paths
     ]
-    options = ("vocab_size", "character_coverage", "sample_bytes", "max_line_bytes", "seed")
-    return {
-        **{name: getattr(args, name) for name in options},
-        "mixture": weights,
-        "inputs": hashlib.sha256(repr(listed).encode()).hexdigest(),
-    }
+    inputs = hashlib.sha256(repr(listed).encode()).hexdigest()
+    where = {"input", "output", "mixture"}
+    options = {key: value for key, value in vars(args).items() if key not in where}
+    return {**options, "mixture": weights, "inputs": inputs}
 
 
-def _parser() -> cli.Parser:
+def parse(argv: list[str]) -> Options:
+    """The options, each in its range."""
     p = cli.parser(
         "python -m tokenizer.train",
         "Train a SentencePiece tokenizer on documents, source by source.",
     )
-    number = config.Count
     p.add_argument("--config", action="config", help="YAML file of these options")
-    p.add_argument("--input", type=str, required=True, help="folder of documents, one per source")
-    p.add_argument("--output", type=str, required=True, help="folder to make: tokenizer.model, ...")
-    p.add_argument("--mixture", type=str | None, help="YAML of source: weight; else by size")
-    p.add_argument("--vocab_size", type=number, default=number(32_000), help="pieces, exactly")
-    p.add_argument("--character_coverage", type=float, default=0.9999, help="share with a piece")
-    p.add_argument("--sample_bytes", type=number, default=number(10**9), help="text to learn from")
-    p.add_argument(
-        "--max_line_bytes", type=number, default=number(4192), help="longer ones are cut"
-    )
-    p.add_argument("--seed", type=int, default=0, help="of the choice of documents")
-    return p
-
-
-def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv)
-    for name, least, most in LIMITS:
+    p.add_class_arguments(Options)
+    given = p.parse_args(argv)
+    args = Options(**{part.name: getattr(given, part.name) for part in fields(Options)})
+    for name, (least, most) in LIMITS.items():
         if not least <= getattr(args, name) <= most:
             expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
             raise UserError(f"{name} is {getattr(args, name)}, expected {expected}")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     weights = config.read_mixture(args.mixture) if args.mixture else None
     sources = find_sources(Path(args.input), weights)
     plan = _plan(args, sources, weights)

@@ -8,13 +8,11 @@ package `gguf`, of the extra `convert`, is imported when a file is written.
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
 import torch
 
 from kernels import reference
 from llama.cli import UserError
 from llama.convert import names
-from llama.convert.pieces import adds_space
 from llama.convert.source import Source
 from tokenizer.tokenizer import Tokenizer
 
@@ -38,7 +36,7 @@ def write(source: Source, tokenizer: Tokenizer, path: Path, license: str | None)
     if license:
         writer.add_license(license)
     _add_model(gguf, writer, source)
-    _add_tokenizer(gguf, writer, tokenizer)
+    _add_tokenizer(writer, tokenizer)
     with source.staged(path.parent) as weights:
         for name, weight in weights.items():
             kind = gguf.GGMLQuantizationType[TENSOR_TYPES[weight.dtype]]
@@ -72,25 +70,17 @@ def _add_model(gguf: Any, writer: Any, source: Source) -> None:
         writer.add_tensor("rope_freqs.weight", (plain / slowed).numpy())
 
 
-def _add_tokenizer(gguf: Any, writer: Any, tokenizer: Tokenizer) -> None:
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    ids = range(tokenizer.vocab_size)
-    kinds = {
-        "UNKNOWN": model.is_unknown,
-        "CONTROL": model.is_control,
-        "UNUSED": model.is_unused,
-        "BYTE": model.is_byte,
-        "NORMAL": lambda i: True,
-    }
-    types = [next(gguf.TokenType[kind] for kind, holds in kinds.items() if holds(i)) for i in ids]
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
+    # the numbers of the kinds of pieces are SentencePiece's
+    pieces = tokenizer.spec.pieces
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([model.id_to_piece(i).encode() for i in ids])
-    writer.add_token_scores([model.get_score(i) for i in ids])
-    writer.add_token_types(types)
+    writer.add_token_list([piece.piece.encode() for piece in pieces])
+    writer.add_token_scores([piece.score for piece in pieces])
+    writer.add_token_types([piece.type for piece in pieces])
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(adds_space(model))
+    writer.add_add_space_prefix(tokenizer.adds_space)

@@ -19,7 +19,7 @@ from llama import files
 from llama.cli import UserError, show_count
 from llama.config import ModelConfig
 from llama.convert import names, pieces
-from llama.convert.source import TOKENIZER, Source, fitting, json_object, model_config, numbers
+from llama.convert.source import TOKENIZER, Source, fitting, model_config, numbers
 from llama.data import order
 from tokenizer.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ ALWAYS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, 
 def open_folder(path: Path) -> Source:
     """The weights of a folder, which are mapped, not read, and checked against config.json."""
     where = path / CONFIG
-    facts = json_object(where, files.read_json(where))
+    facts = files.read_object(where)
     cfg = read_config(where, facts)
     found: dict[str, Tensor] = {}
     for file in weight_files(path):
@@ -71,7 +71,7 @@ def read_config(where: Path, facts: Mapping[str, Any]) -> ModelConfig:
             raise UserError(f"{where}: {key} is {facts[key]!r}, only {fine!r} can be read")
     # transformers 5 keeps all of RoPE under one key
     found = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    rope = json_object(f"{where}: rope_parameters", found)
+    rope = files.json_object(f"{where}: rope_parameters", found)
     given = {**facts, "rope_theta": rope.get("rope_theta", facts.get("rope_theta"))}
     values = numbers(where, given, KEYS, n_kv_heads=None, norm_eps=1e-6, rope_theta=10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -90,8 +90,8 @@ def weight_files(path: Path) -> list[Path]:
         if not only.exists():
             raise UserError(f"{path} has {CONFIG}, but neither {WEIGHTS} nor {INDEX}")
         return [only]
-    listed = json_object(index, files.read_json(index)).get("weight_map")
-    found = {path / name for name in json_object(f"{index}: weight_map", listed).values()}
+    listed = files.read_object(index).get("weight_map")
+    found = {path / name for name in files.json_object(f"{index}: weight_map", listed).values()}
     for file in sorted(found):
         if not file.is_file():
             raise UserError(f"{file} is missing, {index} names it")
@@ -151,34 +151,18 @@ def card(source: Source, tokenizer: Tokenizer, license: str | None) -> str:
     """The model card: what the weights are, and their data, tokens and licence."""
     cfg, size = source.cfg, show_count(source.n_parameters)
     terms = "The weights may be used as far as their author and the sources' licences allow."
-    return f"""---
-license: {license or "other"}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [llama]
----
-
-# LLaMA, {size} parameters
-
-A LLaMA (arXiv 2302.13971) with {cfg.n_layers} layers of width {cfg.dim}, {cfg.n_heads} heads and a
-context of {source.context} tokens. It was trained on plain text, which it continues; it was not
-taught to follow instructions.
-
-## Data
-
-{_data(source)}
-
-## Tokens
-
-SentencePiece BPE of {tokenizer.vocab_size:,} pieces (`tokenizer.model`, sha256
-`{tokenizer.sha256}`). `tokenizer.json` gives the same ids. In training every document began with
-BOS ({tokenizer.bos_id}) and ended with EOS ({tokenizer.eos_id}), so tokenizers put BOS in front.
-Control pieces written in a text stay text: load with `split_special_tokens=False` to change that.
-
-## Licence
-
-{f"The weights are published under: {license}." if license else terms}
-"""
+    if license:
+        terms = f"The weights are published under: {license}."
+    template = Path(__file__).with_name("card.md").read_text()
+    return template.format(
+        license=license or "other",
+        size=size,
+        cfg=cfg,
+        context=source.context,
+        data=_data(source),
+        tokenizer=tokenizer,
+        terms=terms,
+    )
 
 
 def _data(source: Source) -> str:

@@ -18,7 +18,7 @@ from llama import files
 from llama.cli import UserError
 from llama.config import ModelConfig
 from llama.convert import names
-from llama.convert.source import TOKENIZER, Source, fitting, json_object, model_config, numbers
+from llama.convert.source import TOKENIZER, Source, fitting, model_config, numbers
 from tokenizer.tokenizer import Tokenizer
 
 PARAMS, WEIGHTS = "params.json", "consolidated.{:02d}.pth"
@@ -38,7 +38,7 @@ def open_folder(path: Path) -> Source:
         for name, weight in _mapped(file).items():
             parts.setdefault(name, []).append(weight)
     where = path / PARAMS
-    cfg = read_params(where, json_object(where, files.read_json(where)), parts)
+    cfg = read_params(where, files.read_object(where), parts)
     shapes = names.shapes(cfg)
 
     def read(name: str, device: str = "cpu") -> Tensor:

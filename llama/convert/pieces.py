@@ -9,7 +9,6 @@ Text never turns into control pieces, neither there nor here (`split_special_tok
 from collections.abc import Sequence
 from pathlib import Path
 
-import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -40,19 +39,17 @@ def write(tokenizer: Tokenizer, part: Path, context: int) -> None:
 
 def build(tokenizer: Tokenizer) -> tuple[FastTokenizer, dict[str, str]]:
     """The tokenizer, and its control pieces under transformers' names."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    ids = range(tokenizer.vocab_size)
-    vocabulary = {model.id_to_piece(i): i for i in ids}
-    silent = [i for i in ids if model.is_control(i) or model.is_unknown(i)]
+    spec, kinds = tokenizer.spec, tokenizer.spec.SentencePiece
+    vocabulary = {piece.piece: i for i, piece in enumerate(spec.pieces)}
     joins = [
-        (-model.get_score(i), i, piece[:k], piece[k:])
-        for piece, i in vocabulary.items()
-        if i not in silent and not model.is_byte(i)
-        for k in range(1, len(piece))
-        if piece[:k] in vocabulary and piece[k:] in vocabulary
+        (-piece.score, i, piece.piece[:k], piece.piece[k:])
+        for i, piece in enumerate(spec.pieces)
+        if piece.type in (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
+        for k in range(1, len(piece.piece))
+        if piece.piece[:k] in vocabulary and piece.piece[k:] in vocabulary
     ]
     unknown, bos, eos = (
-        model.id_to_piece(i) for i in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
+        spec.pieces[i].piece for i in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
     )
     fast = FastTokenizer(
         models.BPE(
@@ -60,28 +57,22 @@ def build(tokenizer: Tokenizer) -> tuple[FastTokenizer, dict[str, str]]:
             [(left, right) for *_, left, right in sorted(joins)],
             unk_token=unknown,
             fuse_unk=True,
-            byte_fallback=any(model.is_byte(i) for i in ids),
+            byte_fallback=spec.trainer_spec.byte_fallback,
         )
     )
-    prefixed = adds_space(model)
+    prefixed = tokenizer.adds_space
     spaces = [normalizers.Replace(" ", SPACE_PIECE)]
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_PIECE)] * prefixed + spaces)
     fast.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()]
         + [decoders.Strip(" ", 1, 0)] * prefixed
     )
-    control = [AddedToken(model.id_to_piece(i), special=True, normalized=False) for i in silent]
-    fast.add_special_tokens(control)
+    silent = [p.piece for p in spec.pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    fast.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in silent])
     fast.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
     )
     return fast, {"bos_token": bos, "eos_token": eos, "unk_token": unknown}
-
-
-def adds_space(model: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether SentencePiece puts a space before every text."""
-    prefixed: bool = model.encode_as_pieces("a")[0].startswith(SPACE_PIECE)
-    return prefixed
 
 
 def encode(folder: Path, texts: Sequence[str]) -> list[list[int]]:

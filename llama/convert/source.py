@@ -22,10 +22,11 @@ from llama import cli, config
 from llama.cli import UserError
 from llama.config import Config, ModelConfig
 from llama.convert import names
+from llama.data import writer
 from tokenizer.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOKENIZER = "tokenizer.model"
+TOKENIZER = writer.TOKENIZER
 Shape = tuple[int, ...]
 
 
@@ -109,10 +110,7 @@ class Source:
             looked = " or ".join(map(str, places))
             hint = "" if given else "; name it with --tokenizer"
             raise UserError(f"{self.path} has no tokenizer: {looked} does not exist{hint}")
-        try:
-            tokenizer = Tokenizer(place)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        _, tokenizer, _ = writer.open_tokenizer(place)
         if self.tokenizer_sha256 not in (None, tokenizer.sha256):
             raise UserError(
                 f"{place} (sha256 {tokenizer.sha256[:12]}) is not the tokenizer that {self.path} "
@@ -124,13 +122,6 @@ class Source:
                 f"{self.cfg.vocab_size}"
             )
         return tokenizer
-
-
-def json_object(where: object, value: Any) -> dict[str, Any]:
-    """A value of a JSON file that must be an object."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where} is not a JSON object")
-    return value
 
 
 def numbers(

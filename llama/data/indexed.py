@@ -99,43 +99,37 @@ def write_index(path: Path, dtype: Dtype, lengths: Iterable[int], limit: int) ->
     return hashlib.sha256(data).hexdigest()
 
 
-def read_header(path: Path, head: bytes, size: int) -> tuple[Dtype, int, int]:
-    """(dtype, sequences, documents) of an ``.idx`` whose size they explain."""
-    if len(head) < HEADER.size:
+def read_index(path: Path, whole: bool = True) -> Index:
+    """The index; if `whole`, its numbers are checked against one another, else its size alone."""
+    try:
+        # mapped: to open a shard it takes only its last numbers
+        size = path.stat().st_size
+        data: Any = np.memmap(path, np.uint8, "r") if size else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if size < HEADER.size:
         raise UserError(f"{path} ends at byte {size}, inside its header of {HEADER.size} bytes")
-    magic, version, code, sequences, documents = HEADER.unpack(head)
+    magic, version, code, n, documents = HEADER.unpack_from(data)
     if magic != MAGIC or version != 1:
         raise UserError(f"{path}: byte 0 does not start a Megatron index of version 1")
     dtype = (DTYPES | FOREIGN_DTYPES).get(code)
     if dtype is None:
         raise UserError(f"{path}: byte 17 names dtype code {code}, which holds no token ids")
-    expected = HEADER.size + sequences * 12 + documents * 8
+    expected = HEADER.size + n * 12 + documents * 8
     if size != expected or documents < 1:
         raise UserError(
-            f"{path} has {size} bytes, but {sequences} sequences and {documents - 1} documents"
+            f"{path} has {size} bytes, but {n} sequences and {documents - 1} documents"
             f" (bytes 18 to 33) take {expected}"
         )
-    return dtype, sequences, documents - 1
-
-
-def read_index(path: Path) -> Index:
-    """The whole index, its numbers checked against one another."""
-    data = _read_file(path)
-    dtype, n, documents = read_header(path, data[: HEADER.size], len(data))
     lengths = np.frombuffer(data, "<i4", n, HEADER.size)
     pointers = np.frombuffer(data, "<i8", n, HEADER.size + 4 * n)
-    firsts = np.frombuffer(data, "<i8", documents + 1, HEADER.size + 12 * n)
-    expected = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
-    wrong = np.flatnonzero((pointers != expected) | (lengths < 0))
-    if len(wrong):
-        raise UserError(f"{path}: sequence {wrong[0]} does not lie where the ones before it end")
-    if firsts[0] != 0 or firsts[-1] != n or (np.diff(firsts) < 0).any():
-        raise UserError(f"{path}: its documents are not stretches of its {n} sequences")
+    firsts = np.frombuffer(data, "<i8", documents, HEADER.size + 12 * n)
+    if whole:
+        ends = (np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize
+        wrong = np.flatnonzero((pointers != ends) | (lengths < 0))
+        if len(wrong):
+            where = "does not lie where the ones before it end"
+            raise UserError(f"{path}: sequence {wrong[0]} {where}")
+        if firsts[0] != 0 or firsts[-1] != n or (np.diff(firsts) < 0).any():
+            raise UserError(f"{path}: its documents are not stretches of its {n} sequences")
     return Index(dtype, lengths, pointers, firsts)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error

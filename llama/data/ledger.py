@@ -7,9 +7,7 @@ steps as metrics.jsonl does, from 1; the functions count like the order, from 0.
 
 from __future__ import annotations
 
-import os
 import re
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -32,7 +30,10 @@ from llama.data.writer import id_hash
 
 
 class Passage(NamedTuple):
-    """A stretch of one document inside one row of a batch; tokens count within the document."""
+    """A stretch of one document inside one row of a batch; tokens count within the document.
+
+    `at` is its first token in the concatenation of the source.
+    """
 
     row: int
     source: str
@@ -42,6 +43,7 @@ class Passage(NamedTuple):
     first: int
     end: int
     of: int
+    at: int
 
 
 class Place(NamedTuple):
@@ -54,18 +56,32 @@ class Place(NamedTuple):
     end: int
 
 
-def documents_of_step(order: Order, sources: Mapping[str, Source], step: int) -> list[Passage]:
-    """Every document in the batch of ``step`` (from 0), row by row."""
+class Spent(NamedTuple):
+    """Tokens of a source so far: what was drawn, and what the weights give."""
+
+    source: str
+    tokens: int
+    planned: float
+    epochs: float
+    total: int  # of all sources
+
+
+def documents_of_step(
+    order: Order, sources: Mapping[str, Source], step: int, rows: int | None = None
+) -> list[Passage]:
+    """Every document in the batch of ``step`` (from 0), row by row, or in its first rows."""
     segment, drawn = order.segment(step), order.batch(step)
     found = []
     wanted: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for row, (index, epoch, window) in enumerate(zip(*map(np.ndarray.tolist, drawn), strict=True)):
+    columns = (column[:rows].tolist() for column in drawn)
+    for row, (index, epoch, window) in enumerate(zip(*columns, strict=True)):
         source = sources[order.names[index]]
         _refuse_other_shards(source, segment)
         first = window * segment.seq_len
         for shard, number, *tokens in stretches(source, first, first + segment.seq_len + 1):
             wanted[source.name, shard].add(number)
-            found.append((row, source.name, epoch, window, shard, number, *tokens))
+            found.append((row, source.name, epoch, window, shard, number, *tokens, first))
+            first += tokens[1] - tokens[0]
     ids = {key: document_ids(sources[key[0]], key[1], numbers) for key, numbers in wanted.items()}
     return [
         Passage(row, name, epoch, window, ids[name, shard][number], *tokens)
@@ -110,22 +126,13 @@ def locate(source: Source, document: str) -> Place | None:
     """Where a document lies in a split, if it is there."""
     key = id_hash(document)
     for shard, line in enumerate(source.shards):
-        number = _find_hash(source.path(shard, ".hash"), key)
-        if number is not None:
+        # sorted, and mapped: a few bytes of it are read
+        hashes = np.memmap(source.path(shard, ".hash"), "<u8", "r")
+        number = int(np.searchsorted(hashes, np.uint64(key)))
+        if number < len(hashes) and hashes[number] == key:
             first, end = _starts(source.path(shard, ".idx"))[number : number + 2].tolist()
             return Place(source, shard, number, line.start + first, line.start + end)
     return None
-
-
-def _find_hash(path: Path, key: int) -> int | None:
-    """The place of a hash in a sorted ``.hash`` file, of which a few bytes are read."""
-    with open(path, "rb") as file:
-
-        def hash_at(i: int) -> int:
-            return int.from_bytes(os.pread(file.fileno(), 8, 8 * i), "little")
-
-        number = bisect_left(range(path.stat().st_size // 8), key, key=hash_at)
-        return number if hash_at(number) == key else None
 
 
 def steps_of_document(order: Order, place: Place, last_step: int) -> list[tuple[int, int, int]]:
@@ -147,29 +154,35 @@ def steps_of_document(order: Order, place: Place, last_step: int) -> list[tuple[
     return sorted(visits)
 
 
-def planned(order: Order, step: int) -> dict[str, Fraction]:
-    """Tokens that the weights give each source before a step."""
-    total = dict.fromkeys(order.names, Fraction(0))
+def spent(order: Order, step: int) -> list[Spent]:
+    """Tokens of every source before a step, beside what the weights give it."""
+    drawn, plan = order.source_tokens(step), dict.fromkeys(order.names, Fraction(0))
     for segment, steps in order.steps_before(step):
         tokens = steps * segment.batch_windows * segment.seq_len
         for name, weight in segment.weights.items():
-            total[name] += Fraction(tokens * weight, sum(segment.weights.values()))
-    return total
+            plan[name] += Fraction(tokens * weight, sum(segment.weights.values()))
+    last = order.segment(max(step - 1, 0))
+    epoch = {name: last.windows.get(name, 0) * last.seq_len for name in order.names}
+    total = max(sum(drawn.values()), 1)
+    return [
+        Spent(name, n, float(plan[name]), n / max(epoch[name], 1), total)
+        for name, n in drawn.items()
+    ]
 
 
-def spent_table(order: Order, sources: Mapping[str, Source], step: int, steps: int) -> str:
+def spent_table(order: Order, step: int, steps: int) -> str:
     """Tokens per source in the first ``step`` steps, against the weights and the whole run."""
-    now, plan, end = order.source_tokens(step), planned(order, step), order.source_tokens(steps)
+    end = order.source_tokens(steps)
     rows = [
         (
-            name,
-            f"{now[name]:,}",
-            f"{float(now[name] - plan[name]):+,.0f}",
-            f"{now[name] / max(1, sum(now.values())):.3%}",
-            f"{now[name] / sources[name].n_tokens:.3f}",
-            f"{end[name]:,}",
+            line.source,
+            f"{line.tokens:,}",
+            f"{line.tokens - line.planned:+,.0f}",
+            f"{line.tokens / line.total:.3%}",
+            f"{line.epochs:.3f}",
+            f"{end[line.source]:,}",
         )
-        for name in order.names
+        for line in spent(order, step)
     ]
     header = ("source", "tokens", "off the plan", "share", "epochs", f"at step {steps}")
     lines = [f"{order.tokens(step):,} tokens in {step} of {steps} steps", cli.table(header, rows)]
@@ -179,20 +192,25 @@ def spent_table(order: Order, sources: Mapping[str, Source], step: int, steps: i
     return "\n".join(lines)
 
 
+def newest_order(run: Path, cfg: config.Config) -> tuple[Order, int] | None:
+    """(order, steps done) as the newest checkpoint of a run, or one of its own, has them."""
+    states = [run / "state.json", *sorted(run.glob("ckpt/step-*/state.json"))]
+    path = next((path for path in reversed(states) if path.is_file()), None)
+    if path is None:
+        return None
+    state = files.read_json(path)
+    try:
+        return Order(cfg.seed, from_json(state["segments"])), int(state["step"])
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{path} is not what train.py writes: {error!r}") from error
+
+
 def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:
     """(configuration, order, sources, steps done) of a run folder or one of its checkpoints."""
     run = path.parent.parent if re.fullmatch(r"step-\d+", path.name) else path
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run folder: it has no config.yaml")
-    cfg = config.load(["--config", str(run / "config.yaml")])
-    states = [path / "state.json"] if run != path else sorted(run.glob("ckpt/step-*/state.json"))
-    if states:
-        state = files.read_json(states[-1])
-        try:
-            order, step = Order(cfg.seed, from_json(state["segments"])), int(state["step"])
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
-            raise UserError(f"{states[-1]} is damaged: {error!r}") from error
-        return cfg, order, open_sources(cfg.data.path, order.names), step
+    cfg = config.of_run(run)
+    if found := newest_order(path, cfg):
+        return cfg, found[0], open_sources(cfg.data.path, found[0].names), found[1]
     assert isinstance(cfg.data.mixture, dict)
     sources = open_sources(cfg.data.path, cfg.data.mixture)
     return cfg, schedule.plan(cfg, sources), sources, 0
@@ -233,7 +251,7 @@ def main(argv: list[str]) -> None:
     cfg, order, sources, done = open_run(Path(args.run))
     steps = config.total_steps(cfg.train)
     if args.spent:
-        print(spent_table(order, sources, done, steps))
+        print(spent_table(order, done, steps))
     elif args.step is not None:
         if not 1 <= args.step <= steps:
             raise UserError(f"--step is {args.step}, the run has the steps 1 to {steps}")

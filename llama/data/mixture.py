@@ -1,6 +1,6 @@
 """Tokens and epochs of every source in a run, beside those of the paper.
 
-In: a run's configuration with its shards, or a mixture with token counts. Out: a table. With the
+In: a run's configuration with its shards, or with token counts. Out: a table. With the
 counts of RedPajama-1T and 1.4T tokens it shows how far that data is from Table 1 (§2.1).
 """
 
@@ -73,35 +73,25 @@ def parse_counts(text: str) -> dict[str, int]:
 
 
 def main(argv: list[str]) -> None:
-    """Either a configuration, or counts with a mixture and a number of tokens."""
+    """The table of a configuration, with its shards or with counts in their place."""
     p = config.parser("python -m llama.data.mixture")
     p.add_argument(
         "--source_tokens", type=str, help="commoncrawl=878B,c4=175B,... in place of shards"
     )
-    p.add_argument("--tokens", type=str, help="tokens of the run, with --source_tokens")
-    p.add_argument("--mixture", type=str, help="YAML of source: weight, with --source_tokens")
-    args = p.parse_args(argv)
+    args, cfg = p.parse_args(argv), config.load(argv, p)
+    weights = cfg.data.mixture
+    assert isinstance(weights, dict)
     if args.source_tokens:
-        if not (args.tokens and args.mixture):
-            raise UserError("--source_tokens needs --tokens and --mixture as well")
-        weights, counts = config.read_mixture(args.mixture), parse_counts(args.source_tokens)
-        if set(weights) != set(counts):
-            odd = ", ".join(sorted(set(weights) ^ set(counts)))
-            raise UserError(f"--source_tokens and {args.mixture} differ in their sources: {odd}")
-        print(plan_table(weights, cli.count(args.tokens), counts))
-        return
-    if args.tokens or args.mixture:
-        raise UserError(
-            "--tokens and --mixture go with --source_tokens; with --config use its keys"
-        )
-    cfg = config.load(argv, p)
-    assert isinstance(cfg.data.mixture, dict)
-    sources = open_sources(cfg.data.path, cfg.data.mixture)
-    counts = {name: source.n_tokens for name, source in sources.items()}
-    for name, n in counts.items():
-        if not sources[name].n_windows(cfg.data.seq_len):
-            raise UserError(f"source {name!r} has {n} tokens, no window of {cfg.data.seq_len}")
-    print(plan_table(cfg.data.mixture, int(cfg.train.tokens), counts))
+        counts = parse_counts(args.source_tokens)
+        if odd := ", ".join(sorted(set(weights) ^ set(counts))):
+            raise UserError(f"--source_tokens and data.mixture differ in their sources: {odd}")
+    else:
+        sources = open_sources(cfg.data.path, weights)
+        counts = {name: source.n_tokens for name, source in sources.items()}
+        for name, n in counts.items():
+            if not sources[name].n_windows(cfg.data.seq_len):
+                raise UserError(f"source {name!r} has {n} tokens, no window of {cfg.data.seq_len}")
+    print(plan_table(weights, int(cfg.train.tokens), counts))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +38,7 @@ class Segment:
     ``starts`` is (epoch, visits made within it) of every source at ``first_sample``; ``skipped``
     are [first, end) ranges of the run's samples, added by this segment, that no step trains on.
     Sources that left the mixture stay in ``windows`` and ``starts``, so that they can come back.
+    A checkpoint has it as JSON; see ``from_json``.
     """
 
     first_step: int
@@ -48,13 +49,6 @@ class Segment:
     windows: dict[str, int]
     starts: dict[str, tuple[int, int]]
     skipped: Ranges = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def to_json(segments: Iterable[Segment]) -> list[dict[str, Any]]:
-    return [segment.to_json() for segment in segments]
 
 
 def from_json(segments: Iterable[Mapping[str, Any]]) -> tuple[Segment, ...]:
@@ -174,11 +168,6 @@ class Order:
     def tokens(self, step: int) -> int:
         """Tokens trained on before a step."""
         return sum(n * s.batch_windows * s.seq_len for s, n in self.steps_before(step))
-
-    def counts(self, step: int) -> dict[str, int]:
-        """Windows of each source consumed before a step, the skipped ones among them."""
-        windows = self._visits(self.position(step)).sum(axis=0)
-        return dict(zip(self.names, windows.tolist(), strict=True))
 
     def skipped(self, step: int) -> dict[str, int]:
         """Windows of each source passed over, never trained on, before a step."""

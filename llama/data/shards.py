@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from llama import cli, files
 from llama.cli import UserError
-from llama.data.indexed import DTYPES, HEADER, SUFFIXES, Dtype, check_ids, read_header, read_index
+from llama.data.indexed import DTYPES, SUFFIXES, Dtype, check_ids, read_index
 
 USAGE = "python -m llama.data.shards {check,adopt}, each with --help"
 ALIKE = ("tokenizer_sha256", "vocab_size", "dtype", "bos_id", "eos_id")  # in sources of one run
@@ -103,63 +103,58 @@ class Source:
             check_ids(tokens[:inside], self.vocab_size, self.path(k), first)
             tokens, offset = tokens[inside:], offset + inside
 
+    def _read_shard(self, k: int, first: int, count: int) -> NDArray[Any]:
+        byte, size = first * self.dtype.itemsize, count * self.dtype.itemsize
+        try:
+            handle = self._file(k)
+            data, ends = os.pread(handle, size, byte), os.fstat(handle).st_size
+        except OSError as error:
+            raise UserError(f"{self.path(k)}: byte {byte}: {error.strerror}") from error
+        if len(data) < size:
+            raise UserError(
+                f"{self.path(k)} ends at byte {ends}, but tokens up to byte {byte + size} were"
+                " there when it was opened"
+            )
+        return np.frombuffer(data, self.dtype)
+
+    def _file(self, k: int) -> int:
+        """Opened once: thousands of ranks opening a file for each window would be one too many for
+        the metadata server of a cluster.
+        """
+        with self._lock:
+            if k not in self._files:
+                self._files[k] = os.open(self.path(k), os.O_RDONLY)
+            return self._files[k]
+
     def close(self) -> None:
         with self._lock:
             for handle in self._files.values():
                 os.close(handle)
             self._files.clear()
 
-    def _read_shard(self, k: int, first: int, count: int) -> NDArray[Any]:
-        byte, end = first * self.dtype.itemsize, (first + count) * self.dtype.itemsize
-        data = b""
-        while byte < end:
-            try:
-                more = os.pread(self._file(k), end - byte, byte)
-            except OSError as error:
-                raise UserError(f"{self.path(k)}: byte {byte}: {error.strerror}") from error
-            if not more:
-                ends = os.fstat(self._file(k)).st_size
-                raise UserError(
-                    f"{self.path(k)} ends at byte {ends}, but tokens up to byte {end} were there"
-                    " when it was opened"
-                )
-            data, byte = data + more, byte + len(more)
-        return np.frombuffer(data, self.dtype)
-
-    def _file(self, k: int) -> int:
-        if k not in self._files:
-            with self._lock:
-                if k not in self._files:
-                    self._files[k] = os.open(self.path(k), os.O_RDONLY)
-        return self._files[k]
-
     def _check_sizes(self, k: int) -> None:
         """The sizes that the manifest, the index and its last sequence give are one."""
-        shard, path, index = self.shards[k], self.path(k), self.path(k, ".idx")
+        shard, path, place = self.shards[k], self.path(k), self.path(k, ".idx")
         expected = shard.tokens * self.dtype.itemsize
         try:
             size = path.stat().st_size
-            with open(index, "rb") as file:
-                head, index_size = file.read(HEADER.size), index.stat().st_size
-                dtype, sequences, documents = read_header(index, head, index_size)
-                file.seek(HEADER.size + 4 * max(0, sequences - 1))
-                last_tokens = int.from_bytes(file.read(4), "little", signed=True)
-                file.seek(HEADER.size + 12 * sequences - 8)
-                last_byte = int.from_bytes(file.read(8), "little", signed=True)
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        index = read_index(place, whole=False)
         if size != expected:
             raise UserError(
                 f"{path} ends at byte {size}, but its manifest counts {shard.tokens} tokens of"
                 f" {self.dtype.itemsize} bytes: {expected}"
             )
-        if dtype != self.dtype or documents != shard.documents:
+        documents = len(index.documents) - 1
+        if index.dtype != self.dtype or documents != shard.documents:
             raise UserError(
-                f"{index} holds {documents} documents of {dtype}, its manifest counts"
+                f"{place} holds {documents} documents of {index.dtype}, its manifest counts"
                 f" {shard.documents} of {self.dtype}"
             )
-        if not sequences or last_byte + last_tokens * dtype.itemsize != size:
-            raise UserError(f"{index}: its last sequence does not end at byte {size} of {path}")
+        ends = index.pointers[-1:] + index.lengths[-1:] * self.dtype.itemsize
+        if ends.tolist() != [size]:
+            raise UserError(f"{place}: its last sequence does not end at byte {size} of {path}")
 
     def _check_some_ids(self, k: int) -> None:
         """Constant work for a large source."""
@@ -224,9 +219,8 @@ def open_sources(
 def _allow_open_files(n: int) -> None:
     """Every shard keeps a file open; large sets pass the usual soft limit of 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = n + 1024
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    most = n + 1024 if hard == resource.RLIM_INFINITY else min(n + 1024, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 

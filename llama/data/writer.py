@@ -13,7 +13,6 @@ import os
 from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -112,12 +111,7 @@ class ShardWriter:
         self._spool = open(self._spool_path, "w+b")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         # on a full disk closing fails again, on what was still buffered
         try:
             self._spool.close()
@@ -141,7 +135,6 @@ class ShardWriter:
 
     def finish(self) -> dict[str, dict[str, Any] | None]:
         """Write the shards; per split its line of the manifest, or None without documents."""
-        self._spool.flush()
         hashes = np.array(self._hashes, np.uint64)
         order = np.argsort(hashes)
         valid = hashes[order] % np.uint64(10_000) < self.valid_per_10k
@@ -163,7 +156,8 @@ class ShardWriter:
             for place, size in zip(
                 places[documents].tolist(), sizes[documents].tolist(), strict=True
             ):
-                data = _pread(self._spool.fileno(), size, place)
+                self._spool.seek(place)
+                data = self._spool.read(size)
                 digest.update(data)
                 out.write(data)
         with files.LineWriter(f"{base}.ids.zst") as lines:
@@ -183,15 +177,6 @@ class ShardWriter:
             "ids_sha256": files.sha256(f"{base}.ids.zst"),
             "hash_sha256": hashlib.sha256(hashes).hexdigest(),
         }
-
-
-def _pread(handle: int, size: int, place: int) -> bytes:
-    """All of it: one call returns at most 2 GiB."""
-    parts = []
-    while size:
-        parts.append(os.pread(handle, size, place))
-        size, place = size - len(parts[-1]), place + len(parts[-1])
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def write_manifest(

@@ -1,15 +1,41 @@
-"""What the backward pass computes again instead of keeping in memory."""
+"""What the backward pass computes again instead of keeping in memory (paper §2.4).
+
+none        nothing
+manual      norms and SwiGLU's product, in a backward pass by hand (manual.py): the paper's way
+selective   all but the outputs of matrix products and of attention, by torch
+full        everything: a block keeps its input alone
+"""
 
 import functools
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from llama.parallel import manual
+
+aten, llama = torch.ops.aten, torch.ops.llama
+# What is dear to compute. Attention's operators are those that sdpa and the Triton kernels end in.
+DEAR = [
+    aten.mm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    llama.attention.default,
+]
 
 
 def apply(model: nn.Module, mode: str) -> None:
-    """`full` keeps each block's input only. The blocks' forward is wrapped, so no name changes."""
+    """Set up every block of the model in place; its forward is wrapped, so no name changes."""
     if mode == "none":
         return
-    assert mode == "full", f"unknown recompute mode {mode}"
+    again = functools.partial(checkpoint, use_reentrant=False)
+    if mode == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
+        again = functools.partial(again, context_fn=contexts)
     for block in model.layers:  # type: ignore[union-attr]
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if mode == "manual":
+            manual.apply(block)
+        else:
+            block.forward = functools.partial(again, block.forward)

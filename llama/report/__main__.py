@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama import cli, files, html
+from llama import cli, config, files, html
 from llama.cli import UserError, show_count
 from llama.html import Markup, Picture, tag
 from llama.report import runs as reading
@@ -20,31 +20,24 @@ from llama.report.runs import Run
 
 # Log lines behind the loss in the summary, and characters of a passage.
 MEAN_ROWS, TEXT_CHARS = 10, 64
-NOTES = {
-    "training loss": f"Training loss: mean of the last {MEAN_ROWS} log lines.",
-    "tokens/s": "Tokens/s: median over the log lines, all processes together.",
-    "MFU": "MFU: of the last log line, counting the causal half of attention.",
-    "memory": "Memory: the most that rank 0 held.",
-}
+NOTES = (
+    f"Training loss: mean of the last {MEAN_ROWS} log lines. Tokens/s: median over the log lines, "
+    "all processes together. MFU: of the last log line, counting the causal half of attention. "
+    "Memory: the most that rank 0 held."
+)
 
 
 def main(argv: list[str]) -> None:
     p = cli.parser("python -m llama.report", "One page and pictures of runs.")
     p.add_argument("run", type=str, nargs="+", help="One or more run folders.")
-    p.add_argument(
-        "-o",
-        "--output",
-        type=str,
-        default=None,
-        help="The page; PNGs go beside it. Default for one run: report.html in its folder.",
-    )
+    p.add_argument("-o", "--output", type=Path, help="The page; default: in the run's folder.")
     p.add_argument("--samples", type=int, default=3, help="Generations per run; 0 for none.")
     a = p.parse_args(argv)
     if a.samples < 0:
         raise UserError(f"--samples is {a.samples}, expected 0 or more")
     if a.output is None and len(a.run) > 1:
         raise UserError(f"{len(a.run)} runs are given: name the page, as in -o compare.html")
-    output = Path(a.output or Path(a.run[0], "report.html"))
+    output = a.output or Path(a.run[0], "report.html")
     if output.suffix not in (".html", ".htm") or output.is_dir():
         raise UserError(f"--output is {output}, expected a file name that ends in .html")
     runs = reading.read(a.run)
@@ -60,21 +53,19 @@ def main(argv: list[str]) -> None:
     text = page(runs, pictures, a.samples)
     prefix = f"{output.stem}-" if a.output else ""
     beside = {output.with_name(f"{prefix}{name}.png"): p.png for name, p in pictures.items()}
-    for path, data in (*beside.items(), (output, text.encode())):
-        try:
+    try:
+        for path, data in (*beside.items(), (output, text.encode())):
             files.write_atomic(path, data)
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from error
     names = ", ".join(path.name for path in beside)
     print(f"wrote {output}" + (f" and, beside it, {names}" if names else ""))
 
 
 def page(runs: Sequence[Run], pictures: Mapping[str, Picture], n_samples: int) -> str:
     """The whole page; where something cannot be read, a sentence says so."""
-    title = " · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
-    about = "A pretraining run, from " if len(runs) == 1 else "Pretraining runs, from "
     folders = Markup(", ".join(tag("code", run.folder) for run in runs))
-    parts = [soft(about, folders), tag("h2", "Summary"), *summary(runs), *differences(runs)]
+    parts = [soft("From ", folders), tag("h2", "Summary"), *summary(runs), *differences(runs)]
     curves = [picture for name, picture in pictures.items() if name != "mixture"]
     for picture in curves:
         parts += [tag("h2", picture.title), html.figure(picture)]
@@ -93,6 +84,7 @@ def page(runs: Sequence[Run], pictures: Mapping[str, Picture], n_samples: int) -
         tag("h2", "Ledger: what some steps read"),
         soft(note, command, " lists any step whole."),
     ]
+    title = " · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
     return html.page(title, *parts, *each(runs, extracts))
 
 
@@ -121,8 +113,7 @@ def summary(runs: Sequence[Run]) -> list[Markup]:
     lines = [_summary(run, weights) for run in runs]
     # hardware and speed are not known everywhere
     header = [name for name in lines[0] if any(line[name] != "–" for line in lines)]
-    notes = " ".join(NOTES[name] for name in header if name in NOTES)
-    return [html.table(header, [[line[name] for name in header] for line in lines]), soft(notes)]
+    return [html.table(header, [[line[name] for name in header] for line in lines]), soft(NOTES)]
 
 
 def _summary(run: Run, weights: Mapping[str, float]) -> dict[str, object]:
@@ -131,15 +122,14 @@ def _summary(run: Run, weights: Mapping[str, float]) -> dict[str, object]:
     rates = [v for v in run.series("tokens_per_s")[1][1:] if math.isfinite(v)]
     held_out = run.validation(weights)[1]
     mfu, memory, env = run.last("mfu_causal"), run.last("memory_gib"), run.env
-    parameters, tokens, steps = run.parameters(), run.last("tokens"), run.steps()
     dot = tag("b", "●", class_="dot", style=f"color:{run.look['color']}")
     hardware = f"{env.get('processes', '?')} × {env.get('device', '?')}"
     return {
         "run": Markup(dot + html.text(run.label)),
         "state": state(run),
-        "parameters": show_count(parameters) if parameters else "–",
-        "tokens": show_count(tokens) if tokens else "–",
-        "steps": f"{run.last('step') or 0:,} of {f'{steps:,}' if steps else '?'}",
+        "parameters": show_count(run.parameters) if run.parameters else "–",
+        "tokens": show_count(run.last("tokens") or 0),
+        "steps": f"{run.last('step') or 0:,} of {config.total_steps(run.cfg.train):,}",
         "training loss": f"{statistics.mean(losses):.4f}" if losses else "–",
         "validation loss": f"{held_out[-1]:.4f}" if held_out else "–",
         "tokens/s": show_count(statistics.median(rates)) if rates else "–",
@@ -162,14 +152,9 @@ def differences(runs: Sequence[Run]) -> list[Markup]:
     columns, rows = reading.config_differences(runs)
     one = len(runs) == 1
     heading = "Configuration, where it is not the default" if one else "Configuration differences"
-    if not rows:
-        return [tag("h2", heading), tag("p", "None.")]
     lines = [(tag("code", key), *map(_setting, values)) for key, values in rows]
-    if len(columns) > max(len(rows), 4):
-        # many runs, few differences: a run per line
-        header, *lines = zip(("run", *columns), *lines, strict=True)
-        return [tag("h2", heading), html.table(header, lines)]
-    return [tag("h2", heading), html.table(("key", *columns), lines)]
+    found = html.table(("key", *columns), lines) if lines else tag("p", "None.")
+    return [tag("h2", heading), found]
 
 
 def _setting(value: Any) -> Any:
@@ -182,14 +167,14 @@ def mixture(run: Run) -> list[Markup]:
     header = ["source", "target", "realised", "tokens", "off the target", "epochs"]
     rows = [
         (
-            m.source,
-            f"{100 * m.target:.3f} %",
-            f"{100 * m.realised:.3f} %",
-            m.tokens,
-            f"{m.tokens - m.target_tokens:+,.0f}".replace("-", "−"),
-            f"{m.epochs:.3f}",
+            line.source,
+            f"{line.planned / line.total:.3%}",
+            f"{line.tokens / line.total:.3%}",
+            line.tokens,
+            f"{line.tokens - line.planned:+,.0f}",
+            f"{line.epochs:.3f}",
         )
-        for m in lines
+        for line in lines
     ]
     return [soft(f"In the first {steps:,} steps, by tokens."), html.table(header, rows)]
 
@@ -211,7 +196,7 @@ def extracts(run: Run) -> list[Markup]:
             p.epoch + 1,
             p.window,
             f"{p.first:,}–{p.end - 1:,} of {p.of:,}",
-            tag("code", reading.shorter(p.document, 44)),
+            tag("code", p.document),
             tag("code", " ".join(text.split())[:TEXT_CHARS]),
         )
         for step, p, text in reading.extracts(run)

@@ -10,148 +10,117 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 from llama.cli import UserError
 from llama.html import Picture
-from llama.report.runs import Points, Run, mixture, shorter, validation_weights
+from llama.report.runs import Points, Run, mixture, validation_weights
 
-INK, GREY, TARGET = "#222222", "#555555", "#CBD5DD"
-MARKER = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white", "markeredgewidth": 1.3}
-VALIDATION: dict[str, Any] = MARKER | {"linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 3}
+TARGET = "#CBD5DD"
+VALIDATION: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
+VALIDATION |= {"linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 3}
 WIDTH_INCHES, DPI = 11.0, 150
 MOST_SOURCES = 12
 STYLE = {
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.7,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "text.color": INK,
-    "legend.frameon": False,
 }
 LOSS = "loss (nats per token)"
+# The highest share of losses that may lie above a panel: the first ones would flatten all others.
+ABOVE = 0.02
 # Per run: training and validation.
 Panel = Sequence[tuple[Points, Points]]
-CAPTIONS = {
-    "loss": (
-        "Loss over tokens",
-        "{thin}Validation is the mean of the sources, {weights}.",
-    ),
-    "sources": (
-        "Loss per source",
-        "Training since the log line before, and validation on held-out documents. The highest "
-        "2 % of the values may lie above a panel.",
-    ),
-    "optimizer": (
-        "Learning rate and gradient norm",
-        "Both of the step itself. Dotted: what the norm is clipped to.",
-    ),
-    "speed": (
-        "Speed",
-        "Without validation and saving; waiting is the loop's, for its next batch.",
-    ),
-    "mixture": (
-        "Mixture, target and realised",
-        "In brackets: realised minus target, in percentage points.",
-    ),
-}
-THIN = "Thin: every log line; thick: mean over {rows} log lines, fewer at the beginning. "
-WEIGHTED = "weighted as in the mixture"
-UNWEIGHTED = "each weighted alike: the mixtures, and so the training losses, are not the same"
 
 
 def draw(runs: Sequence[Run]) -> dict[str, Picture]:
     """Every picture that has something to show, by name, in the order of the page."""
-    rows = max(smoothing(len(run.rows)) for run in runs)
-    thin = THIN.format(rows=rows) if rows > 1 else ""
-    weights = WEIGHTED if validation_weights(runs)[1] else UNWEIGHTED
-    pictures = {}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(STYLE)
-        figures = _loss(runs), _sources(runs), _optimizer(runs), _speed(runs), _mixture(runs)
-        for (name, (title, caption)), figure in zip(CAPTIONS.items(), figures, strict=True):
+    # own settings, whatever the user's are
+    with matplotlib.style.context(["default", STYLE]):
+        found = {
+            "loss": _loss(runs),
+            "sources": _sources(runs),
+            "optimizer": _optimizer(runs),
+            "speed": _speed(runs),
+            "mixture": _mixture(runs),
+        }
+        pictures = {}
+        for name, (title, caption, figure) in found.items():
             if figure:
                 png = io.BytesIO()
                 # matplotlib would write its version into the file
                 figure.savefig(png, dpi=DPI, metadata={"Software": None})
-                caption = caption.format(thin=thin, weights=weights)
                 pictures[name] = Picture(title, caption, png.getvalue())
     return pictures
 
 
-# -- one picture each ------------------------------------------------------------------------------
+# -- one picture each: its title, its caption, and what is drawn, if anything is -------------------
+
+Drawn = tuple[str, str, Figure | None]
 
 
-def _loss(runs: Sequence[Run]) -> Figure | None:
-    """The whole run over a logarithmic axis, and its second half over a linear one."""
-    weights, _ = validation_weights(runs)
+def _loss(runs: Sequence[Run]) -> Drawn:
+    weights, alike = validation_weights(runs)
     panel = [(run.series("loss"), run.validation(weights)) for run in runs]
-    many = max(len(tokens) for (tokens, _), _ in panel) >= 8
-    figure = _curves(runs, {"whole run": panel} | ({"second half": panel} if many else {}), 3.9)
-    if figure:
-        figure.supylabel(LOSS, fontsize=10)
-        whole = figure.axes[0]
-        whole.set(xscale="log", xlabel="tokens (logarithmic)")
-        whole.autoscale(axis="x")
-        whole.xaxis.set_major_formatter(_count)
-        whole.xaxis.set_minor_formatter("")
-    if figure and many:
-        longest = max(tokens[-1] for pair in panel for tokens, _ in pair if tokens)
-        figure.axes[1].set_xlim(longest / 2, longest * 1.01)
-        _fit_y(figure.axes[1], panel, longest / 2)
-    return figure
+    rows = max(smoothing(len(run.rows)) for run in runs)
+    caption = f"Thin: every log line; thick: mean over {rows} log lines. " * (rows > 1)
+    how = "weighted as in the mixture"
+    if not alike:
+        how = "each weighted alike: the mixtures, and so the training losses, are not the same"
+    caption += f"Validation is the mean of the sources, {how}."
+    return "Loss over tokens", caption, _losses(runs, {"all sources": panel}, 4.2)
 
 
-def _sources(runs: Sequence[Run]) -> Figure | None:
-    names = dict.fromkeys(name for run in runs for name in run.sources("loss", "val"))
+def _sources(runs: Sequence[Run]) -> Drawn:
+    names = list(dict.fromkeys(name for run in runs for name in run.sources("loss", "val")))
     panels: dict[str, Panel] = {
         name: [(run.series(f"loss/{name}"), run.series(f"val/{name}")) for run in runs]
-        for name in list(names)[:MOST_SOURCES]
+        for name in names[:MOST_SOURCES]
     }
-    figure = _curves(runs, panels, 2.8)
-    if figure:
-        figure.supylabel(LOSS, fontsize=10)
-        for axis, panel in zip(figure.axes, panels.values(), strict=True):
-            _fit_y(axis, panel, 0, 0.02)
+    caption = "Training since the log line before, and validation on held-out documents. The "
+    caption += f"highest {ABOVE:.0%} of the values may lie above a panel."
+    return "Loss per source", caption, _losses(runs, panels, 2.8)
+
+
+def _losses(runs: Sequence[Run], panels: Mapping[str, Panel], height: float) -> Figure | None:
+    figure = _curves(runs, panels, height)
+    for axis, panel in zip(figure.axes if figure else (), panels.values(), strict=False):
+        axis.set_ylabel(LOSS)
+        values = np.array([v for curves in panel for _, points in curves for v in points])
+        values = values[np.isfinite(values)]
+        if len(values):
+            low, high = values.min(), np.quantile(values, 1 - ABOVE)
+            margin = 0.06 * max(high - low, 1e-3)
+            axis.set_ylim(low - margin, high + margin)
     return figure
 
 
-def _optimizer(runs: Sequence[Run]) -> Figure | None:
+def _optimizer(runs: Sequence[Run]) -> Drawn:
+    caption = "Both of the step itself. Dotted: what the norm is clipped to."
     figure = _pair(runs, {"learning rate": "lr", "gradient norm before clipping": "grad_norm"})
     if figure:
-        left, right = figure.axes
-        for clip in {run.config["optim.clip"] for run in runs if "optim.clip" in run.config}:
-            right.axhline(clip, color="#777777", linewidth=1.1, linestyle=(0, (1, 2)))
-        values = [v for run in runs for v in run.series("grad_norm")[1] if 0 < v < math.inf]
-        if values and max(values) > 20 * min(values):
-            right.set_yscale("log")
-            right.autoscale(axis="y")
-        left.yaxis.set_major_formatter("{x:g}")
-        right.yaxis.set_major_formatter("{x:g}")
-    return figure
+        for clip in {run.cfg.optim.clip for run in runs}:
+            figure.axes[1].axhline(clip, color="#777777", linewidth=1.1, linestyle=":")
+    return "Learning rate and gradient norm", caption, figure
 
 
-def _speed(runs: Sequence[Run]) -> Figure | None:
+def _speed(runs: Sequence[Run]) -> Drawn:
+    caption = "Without validation and saving; waiting is the loop's, for its next batch."
     wait = "% of the time waiting for data"
     figure = _pair(runs, {"tokens/s, all processes": "tokens_per_s", wait: "data_wait_pct"})
     if figure:
-        figure.axes[0].yaxis.set_major_formatter(_count)
+        figure.axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
         figure.axes[1].set_ylim(0, max(5, figure.axes[1].get_ylim()[1]))
-    return figure
+    return "Speed", caption, figure
 
 
 def _pair(runs: Sequence[Run], keys: Mapping[str, str]) -> Figure | None:
@@ -164,31 +133,31 @@ def _pair(runs: Sequence[Run], keys: Mapping[str, str]) -> Figure | None:
     return figure
 
 
-def _mixture(runs: Sequence[Run]) -> Figure | None:
+def _mixture(runs: Sequence[Run]) -> Drawn:
     """Per run a wide light bar for the target of each source and a thin dark one for what came."""
+    title, caption = "Mixture, target and realised", "Wide: target; narrow: realised. "
+    caption += "In brackets: realised minus target, in percentage points."
     mixtures = []
     for run in runs:
         with suppress(UserError):
             mixtures.append((run, mixture(run)[1]))
     if not mixtures:
-        return None
+        return title, caption, None
     most = max(len(lines) for _, lines in mixtures)
     figure = _figure(len(mixtures), min(len(mixtures), 2), 0.36 * most + 1.2)
     for axis, (run, lines) in zip(figure.axes, mixtures, strict=True):
         places = range(len(lines))
-        bars = axis.barh(places, [100 * m.target for m in lines], 0.72, color=TARGET)
-        axis.barh(places, [100 * m.realised for m in lines], 0.26, color=run.look["color"])
-        off = [f"{100 * (m.realised - m.target):+.3f}".replace("-", "−") for m in lines]
-        labels = [f"{100 * m.realised:.2f} %  ({o})" for m, o in zip(lines, off, strict=True)]
-        axis.bar_label(bars, labels, padding=5, fontsize=9)
-        axis.set_yticks(places, [_plain(m.source) for m in lines], color=INK)
+        target = [100 * line.planned / line.total for line in lines]
+        realised = [100 * line.tokens / line.total for line in lines]
+        bars = axis.barh(places, target, 0.72, color=TARGET)
+        axis.barh(places, realised, 0.26, color=run.look["color"])
+        labels = [f"{r:.2f} %  ({r - t:+.3f})" for r, t in zip(realised, target, strict=True)]
+        axis.bar_label(bars, labels, padding=5)
+        axis.set_yticks(places, [_plain(line.source) for line in lines])
         axis.invert_yaxis()
-        axis.grid(False, axis="y")
-        axis.set(xlabel="% of the tokens", xlim=(0, 142 * max(m.target for m in lines)))
+        axis.set(xlabel="% of the tokens", xlim=(0, 1.42 * max(target)))
         axis.set_title(_plain(run.label) if len(runs) > 1 else "")
-    handles = [Line2D([], [], color=c, linewidth=w) for c, w in ((TARGET, 9), (INK, 3.5))]
-    figure.legend(handles, ["target", "realised"], loc="outside upper left", ncols=2)
-    return figure
+    return title, caption, figure
 
 
 # -- shared by all ---------------------------------------------------------------------------------
@@ -198,7 +167,6 @@ def _figure(panels: int, columns: int, height: float) -> Figure:
     """A figure with `panels` in rows of this height."""
     rows = math.ceil(panels / columns)
     figure = Figure(figsize=(WIDTH_INCHES, rows * height + 0.2), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03)  # type: ignore
     for i in range(panels):
         figure.add_subplot(rows, columns, i + 1)
     return figure
@@ -212,24 +180,35 @@ def _curves(runs: Sequence[Run], panels: Mapping[str, Panel], height: float) -> 
     """
     if not any(tokens for panel in panels.values() for pair in panel for tokens, _ in pair):
         return None
-    n = len(panels)
-    columns = min(n, 4 if n in (4, 7, 8) or n > 9 else 3)
-    figure = _figure(n, columns, height)
+    columns = min(len(panels), 3)
+    figure = _figure(len(panels), columns, height)
     for axis, (title, panel) in zip(figure.axes, panels.items(), strict=True):
-        for run, ((tokens, values), (at, held_out)) in zip(runs, panel, strict=True):
-            width = smoothing(len(tokens))
-            if width > 1:
-                axis.plot(tokens, values, linewidth=0.7, alpha=0.35, zorder=1, **run.look)
-                values = smoothed(np.array(values), width).tolist()
-            marker = "." if len(tokens) < 3 else None
-            axis.plot(tokens, values, linewidth=1.7, marker=marker, **run.look)
-            every = max(1, len(at) // 40)
-            axis.plot(at, held_out, color=run.look["color"], markevery=every, **VALIDATION)
+        for run, (training, validation) in zip(runs, panel, strict=True):
+            _lines(axis, run, training, validation)
         axis.set(title=_plain(title), xlabel="tokens", xlim=(0, None))
-        axis.xaxis.set_major_formatter(_count)
-        axis.locator_params(axis="x", nbins=min(6, 12 // columns))
-    _legend(figure, runs, any(at for panel in panels.values() for _, (at, _) in panel))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.locator_params(axis="x", nbins=12 // columns)
+    # above the panels, where it covers nothing
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.set_figheight(figure.get_figheight() + 0.23 * math.ceil(len(labels) / 3))
+        figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False)
     return figure
+
+
+def _lines(axis: Axes, run: Run, training: Points, validation: Points) -> None:
+    (tokens, values), (at, held_out) = training, validation
+    width = smoothing(len(tokens))
+    if width > 1:
+        axis.plot(tokens, values, linewidth=0.7, alpha=0.35, zorder=1, **run.look)
+        values = smoothed(np.array(values), width).tolist()
+    marker = "." if len(tokens) < 3 else None
+    label = _plain(run.label)
+    axis.plot(tokens, values, linewidth=1.7, marker=marker, label=label, **run.look)
+    if at:
+        label, every = f"{label}, validation", max(1, len(at) // 40)
+        color = run.look["color"]
+        axis.plot(at, held_out, color=color, markevery=every, label=label, **VALIDATION)
 
 
 def smoothing(rows: int) -> int:
@@ -238,53 +217,15 @@ def smoothing(rows: int) -> int:
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred means over `width` values, over fewer at the ends; what is not finite is left out.
-
-    Near the beginning at most a quarter of the way back and as far ahead: losses fall too steeply.
-    """
-    finite = np.isfinite(values)
-    total = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
-    number = np.concatenate([[0], np.cumsum(finite)])
-    at = np.arange(len(values))
-    half = np.minimum(at // 4, width // 2)
-    first, end = at - half, np.minimum(at + half + 1, len(values))
-    count = number[end] - number[first]
-    return np.where(count, (total[end] - total[first]) / np.maximum(count, 1), np.nan)
-
-
-def _legend(figure: Figure, runs: Sequence[Run], held_out: bool) -> None:
-    """Above the panels, where it covers nothing: runs by colour, then what the lines mean."""
-    entries = [(_plain(run.label), Line2D([], [], linewidth=2, **run.look)) for run in runs]
-    color = GREY if len(runs) > 1 else runs[0].look["color"]
-    entries = entries if len(runs) > 1 else []
-    if held_out:
-        entries.append(("training", Line2D([], [], color=color, linewidth=1.8)))
-        entries.append(("validation", Line2D([], [], color=color, **VALIDATION)))
-    if entries:
-        labels, handles = zip(*entries, strict=True)
-        columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 6)))
-        figure.set_figheight(figure.get_figheight() + 0.23 * math.ceil(len(labels) / columns))
-        figure.legend(handles, labels, loc="outside upper left", ncols=columns)
-
-
-def _fit_y(axis: Axes, panel: Panel, first: float, rest: float = 0.0) -> None:
-    """Limit y to the values at or behind a position; `rest` leaves out that share at the top."""
-    pairs = [pair for curves in panel for points in curves for pair in zip(*points, strict=True)]
-    if values := [v for tokens, v in pairs if tokens >= first and math.isfinite(v)]:
-        low, high = min(values), np.quantile(values, 1 - rest)
-        margin = 0.06 * max(high - low, 1e-3)
-        axis.set_ylim(low - margin, high + margin)
-
-
-def _count(number: float, _: Any = None) -> str:
-    """1500 -> 1.5k, 2e9 -> 2B: tick labels."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:g}{unit}"
-    return f"{number:g}"
+    """Centred means over `width` values, over fewer at the ends; what is not finite is left out."""
+    finite, window = np.isfinite(values), np.ones(width)
+    total = np.convolve(np.where(finite, values, 0), window)
+    count = np.convolve(finite, window)
+    means = np.where(count, total / np.maximum(count, 1), np.nan)
+    return means[width // 2 : width // 2 + len(values)]
 
 
 def _plain(text: str) -> str:
     """A name as text: dollars are no formula, and a leading underscore hides no label."""
-    text = shorter(text, 40).replace("$", r"\$")
+    text = text[:40].replace("$", r"\$")
     return " " + text if text.startswith("_") else text

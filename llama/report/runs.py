@@ -18,7 +18,8 @@ import orjson
 from llama import config, costs, files
 from llama.cli import UserError, show_count
 from llama.data import ledger, shards
-from llama.data.order import Order, from_json
+from llama.data.ledger import Passage, Spent
+from llama.data.order import Order
 from tokenizer.tokenizer import Tokenizer
 
 # One colour per run everywhere, told apart by colour-blind readers (Okabe and Ito 2008).
@@ -36,12 +37,12 @@ Points = tuple[list[float], list[float]]
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read; `config` has dotted keys, `look` is how its lines are drawn."""
+    """A run folder, read; `look` is how its lines are drawn."""
 
     folder: Path
     label: str
     look: dict[str, Any]
-    config: dict[str, Any]
+    cfg: config.Config
     rows: list[dict[str, Any]]
     env: dict[str, Any]
     verdict: dict[str, Any]
@@ -57,19 +58,15 @@ class Run:
 
     def sources(self, *kinds: str) -> list[str]:
         """Sources with rows of these kinds, `loss` or `val`; the heaviest of the mixture first."""
-        weights, keys = self.weights(), {key.partition("/") for row in self.rows for key in row}
+        keys = {key.partition("/") for row in self.rows for key in row}
         names = {name for kind, slash, name in keys if slash and kind in kinds}
-        return sorted(names, key=lambda name: (-weights.get(name, 0), name))
+        return sorted(names, key=lambda name: (-self.weights.get(name, 0), name))
 
-    def part(self, prefix: str) -> dict[str, Any]:
-        """Settings below a dotted key, as `model` or `data.mixture`."""
-        start = prefix + "."
-        return {k.removeprefix(start): v for k, v in self.config.items() if k.startswith(start)}
-
+    @property
     def weights(self) -> dict[str, float]:
         """The mixture that the configuration asks for."""
-        mixture = self.part("data.mixture")
-        return {name: float(w) for name, w in mixture.items() if isinstance(w, int | float)}
+        assert isinstance(self.cfg.data.mixture, dict)
+        return self.cfg.data.mixture
 
     def validation(self, weights: Mapping[str, float]) -> Points:
         """(tokens, mean of the sources' validation losses by these weights)."""
@@ -78,19 +75,10 @@ class Run:
         means = [sum(w * _number(row.get(key)) for key, w in keys.items()) for row in rows]
         return [row["tokens"] for row in rows], means
 
-    def parameters(self) -> int | None:
-        """Weights of the model; None while the vocabulary is not known."""
-        try:
-            return costs.parameters(config.ModelConfig(**self.part("model")))
-        except (TypeError, AssertionError):
-            return None
-
-    def steps(self) -> int | None:
-        """Steps of the whole run, as configured."""
-        try:
-            return config.total_steps(config.TrainConfig(**self.part("train")))
-        except (TypeError, ValueError, ArithmeticError):
-            return None
+    @property
+    def parameters(self) -> int:
+        """Weights of the model; 0 while the vocabulary is not known."""
+        return costs.parameters(self.cfg.model) if self.cfg.model.vocab_size else 0
 
 
 def _number(value: float | None) -> float:
@@ -108,23 +96,21 @@ def read(paths: Sequence[str]) -> list[Run]:
     labels = [folder.resolve().name for folder in folders]
     if len(set(labels)) < len(labels):
         labels = [str(folder) for folder in folders]
-    return [_read(*each) for each in zip(folders, labels, LOOKS, strict=False)]
+    return [
+        Run(
+            folder,
+            label,
+            look,
+            config.of_run(folder),
+            list(_read_rows(folder / "metrics.jsonl")),
+            *map(_object, (folder / "env.json", folder / "EXIT_REASON")),
+        )
+        for folder, label, look in zip(folders, labels, LOOKS, strict=False)
+    ]
 
 
-def _read(folder: Path, label: str, look: dict[str, Any]) -> Run:
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run folder: it has no config.yaml")
-    settings = flat(files.read_yaml(folder / "config.yaml"))
-    rows = list(_read_rows(folder / "metrics.jsonl"))
-    env, verdict = _read_object(folder / "env.json"), _read_object(folder / "EXIT_REASON")
-    return Run(folder, label, look, settings, rows, env, verdict)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    found = files.read_json(path) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not what train.py writes: expected a JSON object")
-    return found
+def _object(path: Path) -> dict[str, Any]:
+    return files.read_object(path) if path.exists() else {}
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -150,23 +136,9 @@ def validation_weights(runs: Sequence[Run]) -> tuple[dict[str, float], bool]:
     """
     validated = [set(names) for run in runs if (names := run.sources("val"))]
     common = set.intersection(*validated) if validated else set()
-    mixture = runs[0].weights()
-    alike = all(run.weights() == mixture for run in runs) and common <= mixture.keys()
+    mixture = runs[0].weights
+    alike = all(run.weights == mixture for run in runs) and common <= mixture.keys()
     return {name: mixture[name] if alike else 1.0 for name in sorted(common)}, alike
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as one level of dotted ones."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        inner = isinstance(value, Mapping) and value
-        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
-
-
-def shorter(text: str, most: int) -> str:
-    """A text cut in the middle, where paths and names say least."""
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most // 2) :]}"
 
 
 def config_differences(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, list[Any]]]]:
@@ -174,83 +146,50 @@ def config_differences(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, 
 
     A single run is held against the defaults. Hardware and versions count like settings.
     """
+    columns = [run.label for run in runs]
+    tables = [config.flat(config.to_dict(run.cfg)) for run in runs]
     if len(runs) == 1:
-        tables = [flat(config.to_dict(config.Config())), runs[0].config]
-        columns, keys = ["default", runs[0].label], list(runs[0].config)
+        columns = ["default", *columns]
+        tables.insert(0, config.flat(config.to_dict(config.Config())))
     else:
-        tables = [run.config | {f"env: {k}": v for k, v in run.env.items()} for run in runs]
-        columns = [run.label for run in runs]
-        keys = list(dict.fromkeys(key for table in tables for key in table))
-    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys if key != "name"]
+        tables = [t | config.flat(run.env, "env: ") for t, run in zip(tables, runs, strict=True)]
+    keys = dict.fromkeys(key for table in tables for key in table if key != "name")
+    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys]
     return columns, [row for row in rows if any(value != row[1][0] for value in row[1])]
 
 
 # -- what was read ---------------------------------------------------------------------------------
 
 
-class Mixture(NamedTuple):
-    """Tokens of a source so far: what the weights give, and what was drawn."""
-
-    source: str
-    target: float
-    realised: float
-    target_tokens: float
-    tokens: int
-    epochs: float
-
-
-def mixture(run: Run) -> tuple[int, list[Mixture]]:
-    """(steps counted, a line per source) of the segments in the newest checkpoint."""
-    order, step = _order(run)
-    planned, drawn = ledger.planned(order, step), order.source_tokens(step)
-    total = max(sum(drawn.values()), 1)
-    last = order.segment(max(step - 1, 0))
-    found = []
-    for name, tokens in drawn.items():
-        target, epoch = float(planned[name]), last.windows.get(name, 0) * last.seq_len
-        epochs = tokens / max(epoch, 1)
-        found.append(Mixture(name, target / total, tokens / total, target, tokens, epochs))
-    return step, sorted(found, key=lambda line: (-line.target, line.source))
-
-
 def _order(run: Run) -> tuple[Order, int]:
     """(data order, steps trained) as the newest checkpoint has them."""
-    states = sorted(run.folder.glob("ckpt/step-*/state.json"))
-    if not states:
+    found = ledger.newest_order(run.folder, run.cfg)
+    if not found:
         raise UserError(f"{run.folder} has no checkpoint yet, which says what was drawn")
-    state = files.read_json(states[-1])
-    try:
-        return Order(run.config["seed"], from_json(state["segments"])), int(state["step"])
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{states[-1]} is not what train.py writes: {error!r}") from error
+    return found
 
 
-def extracts(run: Run) -> Iterator[tuple[int, ledger.Passage, str]]:
+def mixture(run: Run) -> tuple[int, list[Spent]]:
+    """(steps counted, a line per source, the heaviest first) of the newest checkpoint."""
+    order, step = _order(run)
+    return step, sorted(ledger.spent(order, step), key=lambda line: (-line.planned, line.source))
+
+
+def extracts(run: Run) -> Iterator[tuple[int, Passage, str]]:
     """(step, passage, its text) of some rows of the first, a middle and the last step so far.
 
     Steps count from 1, what is in a passage as in the ledger.
     """
     order, done = _order(run)
-    folder = Path(str(run.config.get("data.path")))
-    sources = shards.open_sources(folder, order.names)
+    sources = shards.open_sources(run.cfg.data.path, order.names)
     # opening them has compared it with the one they were made with
-    model = folder / "tokenizer.model"
+    model = Path(run.cfg.data.path, "tokenizer.model")
     pieces = Tokenizer(model) if model.is_file() else None
     for step in sorted({1, (done + 1) // 2, done} & set(range(1, done + 1))):
-        segment, batch = order.segment(step - 1), order.batch(step - 1)
-        for row in range(min(LEDGER_ROWS, segment.batch_windows)):
-            source = sources[order.names[batch.sources[row]]]
-            epoch, window = int(batch.epochs[row]), int(batch.windows[row])
-            if source.n_windows(segment.seq_len) != segment.windows[source.name]:
-                raise UserError(f"{source.folder}: its shards are not those that were trained on")
-            at = window * segment.seq_len
-            for shard, n, *place in ledger.stretches(source, at, at + segment.seq_len + 1):
-                document = ledger.document_ids(source, shard, {n})[n]
-                passage = ledger.Passage(row, source.name, epoch, window, document, *place)
-                length = passage.end - passage.first
-                tokens = source.read(at, min(length, LEDGER_TOKENS))
-                at += length
-                yield step, passage, pieces.decode(tokens.tolist()) if pieces else ""
+        for passage in ledger.documents_of_step(order, sources, step - 1, LEDGER_ROWS):
+            count = min(passage.end - passage.first, LEDGER_TOKENS)
+            tokens = sources[passage.source].read(passage.at, count)
+            yield step, passage, pieces.decode(tokens) if pieces else ""
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -275,11 +214,10 @@ def samples(run: Run, count: int) -> list[Sample]:
 
     from llama import generate
 
-    size = run.parameters() or 0
-    if size > LARGEST_SAMPLED_ON_CPU and not torch.cuda.is_available():
+    if run.parameters > LARGEST_SAMPLED_ON_CPU and not torch.cuda.is_available():
         raise UserError(
-            f"{show_count(size)} parameters take long on a CPU: `python -m llama.generate "
-            f"{run.folder}` draws text where a GPU is"
+            f"{show_count(run.parameters)} parameters take long on a CPU: `python -m "
+            f"llama.generate {run.folder}` draws text where a GPU is"
         )
     model, pieces, context = generate.load(run.folder)
     beginnings = list(_prompts(run, pieces.bos_id, count))
@@ -289,17 +227,16 @@ def samples(run: Run, count: int) -> list[Sample]:
     drawn = zip(*generate.generate(model, prompts, most, **how), strict=True)
     found = []
     for (source, _), prompt, ids in zip(beginnings, prompts, drawn, strict=True):
-        start = pieces.decode(prompt[1:]).rstrip("\ufffd")
-        whole = pieces.decode([*prompt[1:], *(i for i in ids if i is not None)])
-        found.append(Sample(source, start, whole.removeprefix(start).rstrip()))
+        text = generate.Text(pieces, prompt[1:], ())
+        found.append(Sample(source, text.prompt, "".join(map(text.add, (*ids, None))).rstrip()))
     return found
 
 
 def _prompts(run: Run, bos_id: int, count: int) -> Iterator[tuple[str, list[int]]]:
     """Beginnings of held-out documents, the sources in turn; without shards, BOS alone."""
     try:
-        held_out = shards.open_sources(run.config["data.path"], sorted(run.weights()), "valid")
-    except (UserError, KeyError):
+        held_out = shards.open_sources(run.cfg.data.path, sorted(run.weights), "valid")
+    except UserError:
         held_out = {}
     sources = [source for source in held_out.values() if source.n_tokens]
     if not sources:

@@ -32,33 +32,23 @@ STEP_FOLDER = re.compile(r"step-(\d{8})")
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
 
 # What DCP's own metadata may name; anything else in the pickle is refused before it runs.
+_DCP = "torch.distributed.checkpoint"
 ALLOWED_GLOBALS = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("collections", "OrderedDict"),
-    ("builtins", "set"),
+    f"{_DCP}.metadata": "Metadata MetadataIndex StorageMeta TensorStorageMetadata TensorProperties"
+    " ChunkStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_DCP}.filesystem": "_StorageInfo",
+    "torch": "Size device",
+    "torch.serialization": "_get_layout",
+    "pathlib": "Path PosixPath",
+    "collections": "OrderedDict",
+    "builtins": "set",
 }
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in ALLOWED_GLOBALS or is_dtype:
+        if is_dtype or name in ALLOWED_GLOBALS.get(module, "").split():
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
 

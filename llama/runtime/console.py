@@ -5,8 +5,6 @@ come out. Reading them is the only time the loop waits for the device.
 """
 
 import math
-import resource
-import sys
 import time
 from typing import Any
 
@@ -17,6 +15,7 @@ from llama.cli import show_count, show_seconds
 from llama.data import mixture
 from llama.runtime import metrics
 from llama.runtime.state import State, Step
+from llama.runtime.world import peak_bytes
 
 # A step reaches about this share of the speed of bare matrix products, on CPUs and GPUs alike.
 USUAL_SHARE = 0.4
@@ -69,8 +68,7 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
     cfg, here = state.cfg, state.world
     loss, norm = float(measured.loss), float(measured.grad_norm)
     rate, waiting = clock.read(state.tokens, waited_s)
-    cuda = here.device.type == "cuda"
-    peak = costs.peak_flops(torch.cuda.get_device_name(here.device)) if cuda else None
+    peak = costs.peak_flops(here.chip)
     causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
     each = rate / here.size
     row: dict[str, Any] = {
@@ -82,7 +80,7 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
         "tokens_per_s_gpu": each,
         "mfu_causal": each * causal / peak if peak else None,
         "mfu_palm": each * palm / peak if peak else None,
-        "memory_gib": memory_gib(here.device),
+        "memory_gib": peak_bytes(here.device) / 2**30,
         "data_wait_pct": waiting,
         "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
     }
@@ -96,10 +94,8 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
     return row
 
 
-def memory_gib(device: torch.device) -> float:
-    """Highest memory of this process so far: the allocator's on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kibibytes, macOS bytes
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+def beside_plan(planned: dict[str, float], row: dict[str, Any]) -> str:
+    """What the planner expected of a process, and what was measured."""
+    pairs = ((key.removeprefix("planned_"), value) for key, value in planned.items())
+    shown = (f"{key} {value:,.1f} and {row[key]:,.1f}" for key, value in pairs)
+    return f"planned and real: {', '.join(shown)}"

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,23 +96,18 @@ def _refuse_changes(run: Path, cfg: Config) -> None:
 def environment(world: World) -> dict[str, Any]:
     """Versions and hardware, for env.json. No variables or arguments: they may hold secrets."""
     here = Path(__file__).parent
-    try:
-        git = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        git = ""
-    cuda = world.device.type == "cuda"
+    git = ""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        git = done.stdout.strip()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": git or None,
         "platform": f"{sys.platform} {platform.machine()}",
-        "device": torch.cuda.get_device_name(world.device) if cuda else "cpu",
+        "device": world.chip,
         "processes": world.size,
         "threads": torch.get_num_threads(),
     }

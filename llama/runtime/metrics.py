@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,9 @@ class Metrics:
 
     def close(self) -> None:
         """Make the rows durable."""
-        try:
+        with suppress(OSError):
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError:
-            pass
         self._file.close()
 
 
@@ -93,12 +91,6 @@ def keep_rows(path: Path, last_step: int) -> None:
         if row["step"] <= last_step:
             kept.append(line + b"\n")
     files.write_atomic(path, b"".join(kept))
-
-
-def read_rows(run: str | Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics.jsonl."""
-    path = Path(run) / "metrics.jsonl"
-    return [orjson.loads(line) for line in files.read_lines(path)]
 
 
 HEADER = (
@@ -182,10 +174,9 @@ class Tee:
         self._out = sys.stdout
 
     def write(self, text: str) -> int:
-        try:
+        # a full disk loses the copy, not the run; metrics.row warns
+        with suppress(OSError):
             self._file.write(text)
-        except OSError:
-            pass  # a full disk loses the copy, not the run; metrics.row warns
         return self._out.write(text)
 
     def flush(self) -> None:

@@ -9,11 +9,10 @@ import itertools
 import os
 import re
 import resource
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,9 +21,10 @@ from torch import nn
 from llama import costs
 from llama.cli import UserError, show_bytes
 from llama.config import Config, ModelConfig
+from llama.costs import Layout
 from llama.parallel import fsdp
 from llama.runtime.state import State
-from llama.runtime.world import World
+from llama.runtime.world import World, peak_bytes
 
 # What torch, cuBLAS, CUDA and the C++ library say when an allocation fails.
 ALLOCATORS = re.compile(
@@ -37,43 +37,6 @@ MOST_PROCESSES = 4096
 
 class OutOfMemory(UserError):
     """Memory ran out; any rank may be the only one to know, so each tells it itself."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What decides the bytes of a process; `shard` processes hold one copy of the states."""
-
-    model: ModelConfig
-    tokens: int
-    micro_batch: int
-    element_bytes: int
-    recompute: bool
-    shard: int
-
-    def parts(self) -> dict[str, int]:
-        """Bytes by what they hold."""
-        model, each, layers = self.model, self.element_bytes, self.model.n_layers
-        weights, head = costs.parameters(model), (model.vocab_size or 0) * model.dim
-        per_token = costs.activation_bytes_per_token(model, each)
-        if self.recompute:
-            # the inputs of all blocks, and what one of them keeps at a time
-            per_token = layers * each * model.dim + per_token // layers
-        # FSDP gathers or casts the root, which holds embedding and head, and two blocks
-        copies = self.shard > 1 or each < 4
-        gathered = each * (2 * head + 2 * ((weights - 2 * head) // layers)) if copies else 0
-        return {
-            # float32, with both moments of AdamW
-            "weights, gradients and moments": 16 * weights // self.shard,
-            "activations": self.micro_batch * self.tokens * per_token,
-            # the loss's gradient of the head
-            "loss and gathered weights" if copies else "loss": 4 * head + gathered,
-        }
-
-    def total(self) -> int:
-        return sum(self.parts().values())
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {show_bytes(n)}" for name, n in self.parts().items() if n)
 
 
 @contextmanager
@@ -100,15 +63,22 @@ def sentence(
     text = f"out of memory in {where(error, phase, state)} on rank {here.rank} ({here.device}): "
     if not cfg.model.vocab_size:
         return f"{text}{used}, of {show_bytes(there)}"
-    plan = plan_of(cfg, here, state)
-    need = max(plan.total(), peak + asked, there)
-    found = changes(plan, need, there, here.device.type == "cuda")
+    at = layout_of(cfg, here, state)
+    planned = total(cfg.model, at)
+    _, parts = costs.peak(cfg.model, at)
+    holds = ", ".join(f"{name} {show_bytes(n)}" for name, n in parts.items() if n)
+    found = changes(cfg.model, at, max(planned, peak + asked, there), there, here.device)
     offers = " or ".join(f"{option} ({show_bytes(n)})" for option, n in found)
     nothing = "no smaller micro-batch, recompute or sharding would fit: take a smaller model.dim"
     return (
-        f"{text}planned {show_bytes(plan.total())} ({plan}), {used}, of {show_bytes(there)}"
+        f"{text}planned {show_bytes(planned)} ({holds}), {used}, of {show_bytes(there)}"
         f"{_waste(here.device)}; {offers + ' would fit' if offers else nothing}"
     )
+
+
+def total(model: ModelConfig, at: Layout) -> int:
+    """Bytes of a process at its peak."""
+    return sum(costs.peak(model, at)[1].values())
 
 
 def where(error: BaseException, phase: str, state: State | None) -> str:
@@ -132,26 +102,21 @@ def where(error: BaseException, phase: str, state: State | None) -> str:
     return f"{phase}{', ' + part if part else ''}{' of ' + layer if layer else ''}"
 
 
-def plan_of(cfg: Config, here: World, state: State | None) -> Plan:
-    """The plan of a run; while it is built there are no activations yet."""
+def layout_of(cfg: Config, here: World, state: State | None) -> Layout:
+    """What decides the bytes of a process; while it is built there are no activations yet."""
     auto = 2 if here.device.type == "cuda" else 4
-    return Plan(
-        model=cfg.model,
-        tokens=cfg.data.seq_len,
-        micro_batch=state.micro_batch if state else 0,
+    replicate, shard = fsdp.layout(cfg.parallel, here.size)
+    micro_batch = state.micro_batch if state else 0
+    windows = cfg.train.batch_tokens // cfg.data.seq_len // here.size
+    return Layout(
+        seq_len=cfg.data.seq_len,
+        micro_batch=micro_batch,
+        shard=shard,
+        replicate=replicate,
+        recompute=cfg.parallel.recompute,
         element_bytes={"float32": 4, "bfloat16": 2}.get(cfg.train.dtype, auto),
-        recompute=cfg.parallel.recompute == "full",
-        shard=fsdp.layout(cfg.parallel, here.size)[1],
+        accumulates=0 < micro_batch < windows,
     )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most bytes this process has held: the allocator's on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts kibibytes, macOS bytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def available(device: torch.device) -> int:
@@ -178,26 +143,27 @@ def _waste(device: torch.device) -> str:
     return f", {show_bytes(unused)} of them in unused pieces ({setting} joins them)"
 
 
-def changes(plan: Plan, need: int, there: int, on_gpu: bool) -> list[tuple[str, int]]:
+def changes(
+    model: ModelConfig, at: Layout, need: int, there: int, device: torch.device
+) -> list[tuple[str, int]]:
     """(options, bytes needed then) of changes that bring a process from `need` below what is there.
 
     Each by itself where it suffices, else together; never a larger change than it takes.
     """
-    micros = [plan.micro_batch >> n for n in range(plan.micro_batch.bit_length())] or [0]
+    micros = [at.micro_batch >> n for n in range(at.micro_batch.bit_length())] or [0]
     # processes on one machine share its memory, however it is cut
-    doublings = range(MOST_PROCESSES.bit_length()) if on_gpu else range(1)
-    shards = [n for i in doublings if (n := plan.shard << i) <= MOST_PROCESSES] or [plan.shard]
-    fitting: dict[tuple[str, ...], tuple[str, int]] = {}
-    for shard, recompute, micro in itertools.product(shards, (plan.recompute, True), micros):
-        change = replace(plan, shard=shard, recompute=recompute, micro_batch=micro)
+    most = MOST_PROCESSES if device.type == "cuda" else at.shard
+    shards = [at.shard << n for n in range((most // at.shard).bit_length())] or [at.shard]
+    planned, found = total(model, at), dict[tuple[str, ...], tuple[str, int]]()
+    for shard, recompute, micro in itertools.product(shards, (at.recompute, "full"), micros):
+        change = replace(at, shard=shard, recompute=recompute, micro_batch=micro)
         options = {
             "micro_batch": f"--train.micro_batch {micro}",
             "recompute": "--parallel.recompute full",
             "shard": f"{shard} processes with --parallel.shard {shard}",
         }
-        changed = tuple(key for key in options if getattr(plan, key) != getattr(change, key))
-        size = need - plan.total() + change.total()
-        if size <= ROOM * there and changed not in fitting:
-            fitting[changed] = " with ".join(options[key] for key in changed), size
-    alone = [found for changed, found in fitting.items() if len(changed) == 1]
-    return alone or list(fitting.values())[:1]
+        changed = tuple(key for key in options if getattr(at, key) != getattr(change, key))
+        size = need - planned + total(model, change)
+        if size <= ROOM * there:
+            found.setdefault(changed, (" with ".join(options[key] for key in changed), size))
+    return [found[changed] for changed in found if len(changed) == 1] or list(found.values())[:1]

@@ -56,10 +56,8 @@ class State:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything a checkpoint stores as tensors: weights and moments by name."""
-        return self.weights() | optim.state_tensors(self.optimizer, self.model)
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | optim.state_tensors(self.optimizer, self.model)
 
     def fingerprints(self) -> dict[str, Any]:
         """What must not change under a run: model shape, tokenizer, token shards."""
@@ -85,7 +83,7 @@ def save(state: State) -> bool:
         "step": state.step,
         "tokens": state.tokens,
         "adam_steps": optim.step_count(state.optimizer),
-        "segments": order.to_json(state.order.segments),
+        "segments": state.order.segments,
         "window": dict(zip(state.order.names, state.window.tolist(), strict=True)),
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "fingerprints": state.fingerprints(),

@@ -6,8 +6,11 @@ process and everything else stays the same.
 
 import gc
 import os
+import re
+import resource
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,11 @@ class World:
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def chip(self) -> str:
+        """The GPU as torch names it, or cpu."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def say(self, text: str) -> None:
         """Print once for the whole world."""
@@ -65,12 +73,8 @@ def start() -> World:
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if launched:
-        dist.init_process_group(backend, timeout=START_TIMEOUT)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=START_TIMEOUT
-        )
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if launched else alone))
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -79,6 +83,17 @@ def start() -> World:
         control=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         under_torchrun=under_torchrun,
     )
+
+
+def peak_bytes(device: torch.device | None = None) -> int:
+    """Most bytes this process has held: the allocator's on a GPU, else resident."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        # what getrusage says here includes the process that started this one
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def stop() -> None:

@@ -1,0 +1,1 @@
+"""What a cluster will do with a configuration, before it is asked."""

@@ -1,0 +1,169 @@
+"""How long a step takes: a model, a layout and a chip in, seconds by what they are spent on out.
+
+Paper §2.4 and §6. Matrix products, attention and memory traffic run at what the chip reaches, all
+divided by one efficiency per software stack, which `llama.plan.published` fits. Collectives take
+bytes over bandwidth plus hops times latency, and hide behind the computation as FSDP hides them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from llama import costs
+from llama.config import ModelConfig
+from llama.costs import Chip, Layout
+
+# Of NCCL's model (src/graph/tuning.cc), ring algorithm: seconds a hop in a machine and between two,
+# and the share of the bandwidth, by its protocols simple and LL128. It takes the quicker one.
+PROTOCOLS = ((3.4e-6, 9.6e-6, 1.0), (1.9e-6, 4.0e-6, 0.92))
+# What collectives reach of the network cards' line rate, and the share of a GPU they take from the
+# computation that they hide behind: NCCL runs on up to 32 of the 108 or 132 SMs.
+NETWORK_SHARE, TAKEN_SHARE = 0.9, 0.3
+
+# Paper §6: machines take 1.1 times what their GPUs take, a kWh of the US average emits 0.385 kg.
+PUE, KG_PER_KWH = 1.1, 0.385
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes of a collective: `size` of them, `stride` ranks apart."""
+
+    chip: Chip
+    size: int
+    stride: int
+
+    @property
+    def inside(self) -> int:
+        """Members in one machine."""
+        return max(1, min(self.size, self.chip.node // self.stride))
+
+    @property
+    def machines(self) -> int:
+        return math.ceil(self.size / self.inside)
+
+    def seconds(self, size_bytes: float) -> float:
+        """Of an all-gather to, or a reduce-scatter of, so many bytes in every process."""
+        if self.size == 1:
+            return 0.0
+        # the other groups of a machine share its cards
+        cards = NETWORK_SHARE * self.chip.node_link * self.inside / self.chip.node
+        rate = min(self.chip.link, cards) if self.machines > 1 else self.chip.link
+        travelling = size_bytes * (self.size - 1) / self.size
+        between = self.machines - 1
+        return min(
+            travelling / (rate * share) + (self.size - 1 - between) * near + between * far
+            for near, far, share in PROTOCOLS
+        )
+
+    def all_reduce(self, size_bytes: float) -> float:
+        """Twice the bytes; the hops are those of a tree."""
+        if self.size == 1:
+            return 0.0
+        near, far, _ = PROTOCOLS[0]
+        hops = 2 * math.log2(self.size) * (far if self.machines > 1 else near)
+        moved = self.seconds(size_bytes) - self.seconds(0)
+        return 2 * moved + hops
+
+
+def exposed(transfer: float, computation: float) -> float:
+    """Seconds that a transfer adds to the computation it runs beside."""
+    hidden = min(transfer, computation)
+    return transfer - hidden + TAKEN_SHARE * hidden
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one step, its terms, and what follows from them."""
+
+    terms: dict[str, float]
+    tokens_per_gpu: float
+    flops: tuple[int, int]
+    chip: Chip
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Per GPU."""
+        return self.tokens_per_gpu / self.seconds
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """(causal, PaLM), as shares of the chip's peak."""
+        causal, palm = (self.tokens_per_s * flops / self.chip.flops for flops in self.flops)
+        return causal, palm
+
+
+def step(
+    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int, again: float = 0.0
+) -> Step:
+    """The time of a step of `passes` micro-batches.
+
+    `again` is the share of the matrix products that selective recompute makes once more.
+    """
+    e, t, d, f = at.element_bytes, at.tensor, cfg.dim, cfg.hidden_dim
+    tokens, L, V = at.tokens, cfg.n_layers, cfg.vocab_size or 0
+    block, root = (sum(r * c for r, c in part) for part in costs.shapes(cfg, t))
+
+    def compute(matmul: float, attention: float, moved: float) -> float:
+        """Per token: FLOPs of products and of attention, elements read and written, in one GPU."""
+        work = matmul / chip.matmul + attention / chip.attention + e * moved / chip.bandwidth
+        return tokens * work / efficiency
+
+    # Elements a fused kernel reads and writes: forward twice a norm with its residual (4d), RoPE
+    # (4d), SwiGLU (3f); backward as much again, with the sums of attention (2d) and the product
+    # made once more. Attention's backward pass is five products to the forward pass's two.
+    dot = 2 * at.seq_len * d / t
+    forward = compute(2 * block, dot, (12 * d + 3 * f) / t)
+    backward = compute(4 * block, 2.5 * dot, (14 * d + 5 * f) / t)
+    repeated = {
+        "none": 0.0,
+        "manual": compute(0, 0, 4 * d / t),
+        "selective": compute(2 * again * block, 0, (12 * d + 3 * f) / t),
+        "full": forward,
+    }[at.recompute]
+    # two gathers and two reductions of the sequence's activations each way, in plain sight
+    sequence = 4 * Group(chip, t, 1).seconds(e * d * tokens)
+    ring = _ring(cfg, at, chip, compute(0, dot, 0))
+
+    # ranks that share a matrix are neighbours, then those of a sequence, of a copy, of all
+    shards, replicas = Group(chip, at.shards, t), Group(chip, at.replicate, t * at.shards)
+    gather, reduce = shards.seconds(e * block), shards.seconds(4 * block)
+    copies = replicas.all_reduce(4 * block / at.shards)
+    # within a machine FSDP's collectives leave the network to the replicas
+    apart = shards.machines == 1
+    between = max(gather + reduce, copies) if apart else gather + reduce + copies
+    fsdp = exposed(gather, forward + sequence) + exposed(between, backward + repeated + sequence)
+    edges = shards.seconds(e * (root + block)) + shards.seconds(4 * root)
+    edges += replicas.all_reduce(4 * root / at.shards)
+
+    terms = {
+        "forward pass": passes * L * forward,
+        "backward pass": passes * L * backward,
+        "made again": passes * L * repeated,
+        "head and loss": passes * compute(6 * V * d / t, 0, 3 * V / t),
+        "tensor parallel": passes * L * (2 + (at.recompute == "full")) * sequence,
+        "context parallel": passes * L * ring,
+        "FSDP beside them": passes * L * fsdp,
+        "FSDP before and after": passes * edges,
+        # reads the gradient, reads and writes float32 weights and both moments
+        "optimizer": 28 * (L * block + root) / at.shards / chip.bandwidth / efficiency,
+    }
+    trained = passes * at.micro_batch * at.seq_len / (t * at.context)
+    return Step(terms, trained, costs.flops_per_token(cfg, at.seq_len), chip)
+
+
+def _ring(cfg: ModelConfig, at: Layout, chip: Chip, attention: float) -> float:
+    """What a block waits for keys and values of other processes, beyond its own attention."""
+    kv = 2 * at.element_bytes * cfg.kv_heads * cfg.head_dim * at.tokens / at.tensor
+    group = Group(chip, at.context, at.tensor)
+    # backward, their gradients travel too, beside two and a half times the work
+    passed = group.seconds(kv * at.context)
+    return exposed(passed, attention) + exposed(2 * passed, 2.5 * attention)
+
+
+def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
+    """(MWh, tonnes of CO2 equivalent) of a run, by the formula of the paper's §6."""
+    mwh = gpu_hours * watts * PUE / 1e6
+    return mwh, mwh * KG_PER_KWH

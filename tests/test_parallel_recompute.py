@@ -1,0 +1,163 @@
+"""Every mode of recompute gives the gradients of `none`, and keeps the bytes that are promised."""
+
+import random
+
+import pytest
+import torch
+from made_kernels import Exchange, in_threads
+from torch import Tensor, nn
+
+from llama import costs
+from llama.cli import UserError
+from llama.config import ModelConfig
+from llama.model import Transformer, TransformerBlock
+from llama.parallel import manual, recompute
+
+MODES = ("none", "manual", "selective", "full")
+
+
+@pytest.fixture(autouse=True)
+def seeded(rng: random.Random) -> None:
+    torch.manual_seed(rng.randrange(2**31))
+
+
+def model(cfg: ModelConfig, dtype: torch.dtype = torch.float32, mode: str = "none") -> Transformer:
+    made = Transformer(cfg, "sdpa")
+    made.init_weights(0)
+    recompute.apply(made, mode)
+    return made.to(dtype)
+
+
+def gradients(made: Transformer, tokens: Tensor, ids: Tensor | None) -> dict[str, Tensor]:
+    losses, _ = made(tokens[:, :-1], tokens[:, 1:], ids)
+    losses.sum().backward()
+    return {name: p.grad for name, p in made.named_parameters() if p.grad is not None} | {
+        "loss": losses.detach()
+    }
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("documents", [False, True])
+def test_gradients_have_the_bits_of_none(mode: str, dtype: torch.dtype, documents: bool) -> None:
+    cfg = ModelConfig(dim=48, n_layers=3, n_heads=6, n_kv_heads=2, vocab_size=97)
+    tokens = torch.randint(97, (2, 31))
+    ids = (torch.rand(2, 30) < 0.1).cumsum(1) if documents else None
+    expected = gradients(model(cfg, dtype), tokens, ids)
+    found = gradients(model(cfg, dtype, mode), tokens, ids)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_gradcheck_of_the_block_by_hand() -> None:
+    cfg = ModelConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=5)
+    block = model(cfg, torch.float64, "manual").layers[0]
+    names, weights = zip(*block.named_parameters(), strict=True)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    table = torch.polar(torch.ones(5, 2), torch.rand(5, 2))
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(block, dict(zip(names, weights, strict=True)), (x, table))
+
+    torch.autograd.gradcheck(run, (x, *weights))
+
+
+@pytest.mark.parametrize("mode", ["none", "manual"])
+def test_the_bytes_kept_are_those_of_the_formula(mode: str) -> None:
+    cfg = ModelConfig(dim=96, n_layers=4, n_heads=6, n_kv_heads=3, vocab_size=64)
+    made, tokens = model(cfg, mode=mode), torch.randint(64, (2, 129))
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        losses, _ = made(tokens[:, :-1], tokens[:, 1:])
+    weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
+    size = sum(n for place, n in kept.items() if place not in weights)
+    # beside the blocks: the head's two gradients, the last norm's input, RoPE's table
+    C, N = cfg.dim, tokens.shape[0] * 128
+    rest = 4 * (64 * C + 2 * N * C + N) + 8 * 128 * cfg.head_dim // 2
+    assert abs(size - rest - N * costs.activation_bytes_per_token(cfg, 4, mode)) <= 0.005 * size
+    del losses
+
+
+def test_frozen_weights_have_no_gradient() -> None:
+    cfg = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11)
+    made, tokens = model(cfg, mode="manual"), torch.randint(11, (1, 9))
+    made.layers[0].attention.wk.weight.requires_grad_(False)
+    found = gradients(made, tokens, None)
+    assert "layers.0.attention.wk.weight" not in found
+    assert "layers.0.attention.wv.weight" in found
+
+
+def test_generating_goes_the_plain_way() -> None:
+    cfg = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=11)
+    tokens = torch.randint(11, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(model(cfg, mode="manual")(tokens), model(cfg)(tokens))
+
+
+def test_a_changed_block_is_refused_by_name() -> None:
+    cfg = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11)
+
+    class ParallelBlock(TransformerBlock):
+        pass
+
+    other, changed = ParallelBlock(cfg, "sdpa"), TransformerBlock(cfg, "sdpa")
+    changed.ffn_norm = nn.LayerNorm(16)
+    for block, name in ((other, "ParallelBlock"), (changed, "LayerNorm")):
+        with pytest.raises(
+            UserError, match=f"manual knows only the stock block.*{name}.*selective"
+        ):
+            manual.apply(block)
+
+
+def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
+    """Two shards of the sequence and of the heads, one after the other: the whole block's values.
+
+    Each shard's products need the other's inputs: both run in threads that meet in the seams.
+    """
+    cfg = ModelConfig(dim=16, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=11)
+    block = model(cfg, torch.float64).layers[0]
+    assert isinstance(block, TransformerBlock)
+    table = torch.polar(torch.ones(6, 2), torch.rand(6, 2))
+    x, grad = torch.randn(2, 1, 6, 16, dtype=torch.float64)
+    x.requires_grad_()
+    out = block(x, table)
+    expected = torch.autograd.grad(out, [x, *block.parameters()], grad)
+    names = [name for name, _ in block.named_parameters()]
+
+    def work(rank: int, exchange: Exchange) -> list[Tensor]:
+        mine = slice(3 * rank, 3 * rank + 3)
+        shard = TransformerBlock(cfg, "sdpa").double()
+        for name, weight in block.named_parameters():
+            part = weight.detach()
+            if weight.dim() == 2:
+                by_column = name.endswith(("wo.weight", "w2.weight"))
+                part = part.chunk(2, dim=int(by_column))[rank]
+            module, _, leaf = name.rpartition(".")
+            setattr(shard.get_submodule(module), leaf, nn.Parameter(part.clone()))
+
+        def gather(t: Tensor) -> Tensor:
+            return torch.cat(exchange(rank, t), 1)
+
+        def reduce_scatter(t: Tensor) -> Tensor:
+            return sum(exchange(rank, t))[:, mine]
+
+        manual.apply(shard, gather, reduce_scatter)
+        local = x.detach()[:, mine].requires_grad_()
+        found = shard(local, table)
+        return [found, *torch.autograd.grad(found, [local, *shard.parameters()], grad[:, mine])]
+
+    first, second = in_threads(2, work)
+    torch.testing.assert_close(torch.cat([first[0], second[0]], 1), out)
+    torch.testing.assert_close(torch.cat([first[1], second[1]], 1), expected[0])
+    for name, whole, a, b in zip(names, expected[1:], first[2:], second[2:], strict=True):
+        if whole.dim() == 1:
+            joined = a + b
+        else:
+            joined = torch.cat([a, b], int(name.endswith(("wo.weight", "w2.weight"))))
+        torch.testing.assert_close(joined, whole, msg=name)
