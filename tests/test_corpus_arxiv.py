@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llama.corpus import engine
+from llama.corpus.executors import Executor
+from llama.corpus.shuffle import pipeline
 from llama.corpus.sources import arxiv
 from llama.corpus.steps import latex
 from llama.files import read_documents
@@ -116,6 +117,19 @@ def test_macros(definition: str, source: str, text: str) -> None:
     assert cleaned(f"\\section{{A}} {source}", definition) == f"\\section{{A}} {text}"
 
 
+def test_ten_megabytes_of_tikz() -> None:
+    picture = "\\draw[thick] (0,0) -- (1,\\r) node {\\x{a}};\n"
+    body = "\\section{A}\\begin{tikzpicture}\n" + picture * 250_000 + "\\end{tikzpicture} B"
+    assert len(body) > 10_000_000
+    text = cleaned(body, "\\newcommand{\\r}{2}\\newcommand{\\x}[1]{#1}")
+    assert text.count("(1,2) node {a};") == 250_000 and text.endswith(" B")
+
+
+def test_what_is_odd_is_noted() -> None:
+    found = latex.clean({"m.tex": paper("\\maketitle text \\input{gone}")}, "m.tex")
+    assert found == ("text", ("input missing", "no section"))
+
+
 def test_definitions_go_and_may_stand_in_a_style_file_of_the_project() -> None:
     assert cleaned("\\section{A}\\newcommand{\\x}{y}\\x") == "\\section{A}y"
     files = {"main.tex": paper("\\section{A}\\x"), "my.sty": "\\newcommand{\\x}{y} % \\x"}
@@ -168,7 +182,7 @@ def tar(files: dict[str, bytes], name: str = "") -> bytes:
 def made(tmp_path: Path, raw: Path, **options) -> tuple[dict[str, str], dict]:
     chosen = arxiv.Options(source="arxiv", **{"min_chars": 1} | options)
     plan = arxiv.plan(chosen, [raw])
-    summary = engine.run(plan, arxiv.steps(chosen), tmp_path / "out", 1, 1.0)
+    summary = pipeline(plan, arxiv.steps(chosen), tmp_path / "out", Executor(1), 1.0)
     shards = sorted((tmp_path / "out").glob("0*.zst"))
     found = {d["id"]: d["text"] for path in shards for d in read_documents(path)}
     return found, {name: value for name, value in summary.total.items() if value}
@@ -194,15 +208,18 @@ def test_packings(tmp_path: Path) -> None:
     }
     (raw / "arXiv_src_2301_001.tar").write_bytes(tar(members))
     (raw / "2301.00010.gz").write_bytes(gzip.compress(paper("\\section{B}").encode()))
+    # the same paper in the archive and on its own is one document
+    (raw / "2301.00002.gz").write_bytes(gzip.compress(paper("\\section{C}").encode()))
     documents, total = made(tmp_path, raw, max_paper_bytes=2_000_000)
     assert documents == {
         "arxiv:2301.00001": "\\section{A} caf\u00e9",
-        "arxiv:2301.00002": "\\section{A} caf\u00e9",
+        "arxiv:2301.00002": "\\section{C}",
         "arxiv:2301.00008": "\\section{A} caf\u00e9",
         "arxiv:hep-th/9901001": "\\section{A} \u010dlov\u011bk",
         "arxiv:2301.00010": "\\section{B}",
     }
-    assert total["dropped"] == {"pdf_only": 2, "no_tex": 1, "no_main_file": 1, "too_large": 1}
+    dropped = {"pdf_only": 2, "no_tex": 1, "no_main_file": 1, "too_large": 1, "id_duplicate": 1}
+    assert total["dropped"] == dropped and total["documents"] == {"in": 12, "out": 5}
     assert total["quarantined"] == {"damaged": 1}
     assert total["noted"] == {"decoded as windows-1252": 1, "decoded as iso8859-2": 1}
 
@@ -245,6 +262,7 @@ def test_random_latex_never_raises(rng: random.Random) -> None:
 def test_real_papers(tmp_path: Path) -> None:
     documents, total = made(tmp_path, Path(os.environ["LLAMA_REAL_DATA"]) / "raw" / "arxiv")
     # 36 papers, and 8 of them once more in the bulk archive
-    assert total["documents"] == {"in": 44, "out": 44} and len(documents) == 36
+    assert total["documents"] == {"in": 44, "out": 36} and len(documents) == 36
+    assert total["dropped"] == {"id_duplicate": 8}
     for text in documents.values():
         assert "\\documentclass" not in text and "\\begin{thebibliography}" not in text

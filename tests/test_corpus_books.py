@@ -47,6 +47,22 @@ STORY = "CHAPTER I\n\nIt began in the usual way.\n\n" + "And so it went on.\n" *
             "*END THE SMALL PRINT! FOR PUBLIC DOMAIN EBOOKS*Ver.02/11/02*END*",
         ),
         (
+            "Title: A Story\nAuthor: A. B.\nLanguage: English\n\n"
+            "*** START OF THE COPYRIGHTED PROJECT GUTENBERG EBOOK A STORY ***\n\n"
+            "C. D., E. F.\nand the PG Online Distributed Proofreading Team.",
+            "*** END OF THE COPYRIGHTED PROJECT GUTENBERG EBOOK A STORY ***",
+        ),
+        (
+            "Titre: A Story\nAuteur: A. B.\nLangue: English\n\n"
+            "*** START OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\nProduced by G. H.",
+            "Fin de Project Gutenberg's A Story, par A. B.",
+        ),
+        (
+            "Titel: A Story\nAutor: A. B.\nSprache: English\n"
+            "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*",
+            "Ende dieses Etextes A Story",
+        ),
+        (
             "Titel: A Story\nAutor: A. B.\nSprache: English\n\n"
             "*** START OF THE PROJECT GUTENBERG EBOOK A STORY ***\n\nE-text prepared by E. F.",
             "Ende dieses Projekt Gutenberg Etextes A Story",
@@ -57,6 +73,17 @@ def test_the_frame_goes_in_every_variant(header: str, footer: str) -> None:
     book, meta, problem = unframed(f"{header}\n\n\n\n{STORY}\n\n\n{footer}\n")
     assert (book, problem) == (STORY, "")
     assert meta == {"title": "A Story", "author": "A. B.", "language": "English"}
+
+
+def test_long_books_and_doubled_line_ends() -> None:
+    frame = "*** {} OF THE PROJECT GUTENBERG EBOOK A ***"
+    footer = "Licence\n" * 370
+    long = "A line of a book that goes on for 50 MB and more.\n" * 1_100_000
+    assert len(long) > 50_000_000
+    book, _, problem = unframed(f"{frame.format('START')}\n{long}{frame.format('END')}\n{footer}")
+    assert (book, problem) == (long.strip(), "")
+    given = f"{frame.format('START')}\n{STORY}\n{frame.format('END')}\n{footer}"
+    assert unframed(given.replace("\n", "\n\n"))[0] == STORY.replace("\n", "\n\n")
 
 
 def test_other_books_stay_whole_and_half_frames_are_told() -> None:

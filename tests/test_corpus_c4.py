@@ -9,6 +9,8 @@ import pytest
 
 from llama.cli import UserError
 from llama.corpus import engine
+from llama.corpus.executors import Executor
+from llama.corpus.shuffle import pipeline
 from llama.corpus.sources import c4
 from llama.corpus.steps.c4_rules import PRESETS, bad_word_pattern, clean
 from llama.files import read_documents
@@ -126,7 +128,7 @@ def test_bad_words_stand_alone_or_in_a_script_without_spaces(tmp_path: Path) -> 
 def run(tmp_path: Path, inputs: list[Path], **options) -> tuple[list[dict], engine.Summary]:
     chosen = c4.Options(source="c4", **options)
     output = tmp_path / "out"
-    summary = engine.run(c4.plan(chosen, inputs), c4.steps(chosen), output, 1, 0.5)
+    summary = pipeline(c4.plan(chosen, inputs), c4.steps(chosen), output, Executor(1), 0.5)
     return [d for path in sorted(output.glob("0*.zst")) for d in read_documents(path)], summary
 
 
@@ -149,6 +151,23 @@ def test_lines_in_documents_out(tmp_path: Path) -> None:
     assert summary.total["noted"] == {"line no_end_mark": 1}
     assert summary.total["quarantined"] == {"json": 1}
     assert [left.name for left in summary.left_out] == ["notes.txt"]
+
+
+def test_one_page_of_each_address_and_none_that_is_too_long(tmp_path: Path) -> None:
+    page = "\n".join(PAGE)
+    addresses = ["http://www.a.b/c/", "https://a.b/c?utm_source=x", "https://a.b/C", None, "", None]
+    pages = [{"text": page, "url": url} for url in addresses]
+    # as the recipe commoncrawl writes them
+    pages.append({"id": "x", "text": page, "source": "y", "meta": {"url": "https://a.b/c"}})
+    pages.append({"text": PAGE[0] * (c4.MAX_PAGE_CHARS // len(PAGE[0]) + 1), "url": "http://long"})
+    raw = tmp_path / "raw.jsonl"
+    raw.write_bytes(b"\n".join(map(orjson.dumps, pages)))
+    documents, summary = run(tmp_path, [raw], rules="reference")
+    assert [d["meta"].get("url") for d in documents] == [addresses[0], *addresses[2:]]
+    assert summary.total["documents"] == {"in": 8, "out": 5}
+    assert summary.total["dropped"] == {"url_duplicate": 2, "too_long": 1}
+    everything, summary = run(tmp_path / "none", [raw])
+    assert len(everything) == 8 and everything[6]["meta"] == {"url": "https://a.b/c", "id": "x"}
 
 
 def test_bad_words_without_rules_are_refused() -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,6 +328,30 @@ def text_files(folder: Path, rng, n: int = 60) -> Path:
         "".join(f'{{"text": "line {i}"}}\n' if i % 500 else "bad\n" for i in range(20_000))
     )
     return folder
+
+
+def test_input_that_is_edited_is_refused_and_copied_input_is_not(tmp_path, rng):
+    text_files(tmp_path / "in", rng, 8)
+    options = plain.Options(source="x", unit_bytes=60_000)
+
+    def go(folder: Path, workers: int = 1) -> None:
+        plan = plain.plan(options, [folder])
+        engine.run(plan, plain.steps(options), tmp_path / "out", workers)
+
+    go(tmp_path / "in", 2)
+    before = made(tmp_path / "out")
+    shutil.copytree(tmp_path / "in", tmp_path / "copy", copy_function=shutil.copyfile)
+    go(tmp_path / "copy")
+    # one unit is lost, another one's input is edited to the same size
+    (tmp_path / "out/00000.jsonl.zst").unlink()
+    file = tmp_path / "copy/007.txt"
+    content = file.read_text()
+    file.write_text(content.swapcase())
+    with pytest.raises(UserError, match=r"out was begun with other bytes in .*007.txt \(1 such"):
+        go(tmp_path / "copy")
+    file.write_text(content)
+    go(tmp_path / "copy")
+    assert made(tmp_path / "out") == before
 
 
 def corpus_run(folder: Path, output: Path, **how) -> subprocess.Popen:

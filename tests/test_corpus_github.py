@@ -1,7 +1,9 @@
 """Recipe `github`: every drop reason, licences by text and by expression, headers, bad archives."""
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import random
 import string
@@ -11,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from llama.cli import UserError
 from llama.corpus import engine, raw
@@ -152,6 +155,8 @@ def test_files_that_go_by_their_content(tmp_path):
         (BSD2, {"BSD-2-Clause"}),
         (BSD2 + NAMES, {"BSD-3-Clause"}),
         (BSD2 + NAMES + ADVERTS, {"BSD-4-Clause"}),
+        (BSD2 + NAMES + "4. It must include the following acknowledgment.", {"BSD-4-Clause"}),
+        (BSD2 + "3. Say how to obtain complete source code.", {"BSD-2-Clause", "other"}),
         (BSD2.replace("are permitted", "are permitted for study"), set()),
         (APACHE, {"Apache-2.0"}),
         ("Licensed under the Apache License, Version 2.0 (the", {"Apache-2.0"}),
@@ -162,6 +167,10 @@ def test_files_that_go_by_their_content(tmp_path):
         (MPL, {"MPL"}),
         (OWNED, {"proprietary"}),
         ("Business Source License 1.1", {"restricted"}),
+        ("Eclipse Public License - v 2.0", {"other"}),
+        ("for any purpose, commercial or non-commercial, and by any means", set()),
+        ("for non-commercial use", {"restricted"}),
+        ("Licensed under the Apache 2.0 License", {"Apache-2.0"}),
         ("Ask us.", set()),
     ],
 )
@@ -234,6 +243,32 @@ def test_what_a_repository_says_of_itself(tmp_path):
             "MIT",
         ),
         "egg2": ({"PKG-INFO": "Name: x\nLicense-Expression: MIT AND PSF-2.0\n"}, "licence other"),
+        "poetry": ({"pyproject.toml": '[tool.poetry]\nlicense = "MIT"'}, "MIT"),
+        "crates": ({"Cargo.toml": '[workspace.package]\nlicense = "MIT"'}, "MIT"),
+        "php": ({"composer.json": '{"license": ["MIT", "GPL-2.0-only"]}'}, "MIT OR GPL-2.0-only"),
+        "cran": (
+            {"DESCRIPTION": "Package: x\nLicense: MIT + file LICENSE\n", "LICENSE": "YEAR: 2020\n"},
+            "MIT",
+        ),
+        "cran2": ({"DESCRIPTION": "License: GPL-3\n"}, "licence GPL"),
+        "free": (
+            {
+                "Cargo.toml": '[package]\nlicense = "Unlicense OR MIT"',
+                "UNLICENSE": "This is free and unencumbered software released into the public "
+                "domain, for any purpose, commercial or non-commercial.",
+            },
+            "Unlicense OR MIT",
+        ),
+        "epl": (
+            {"package.json": npm % "EPL-2.0 OR MIT", "LICENSE": MIT + "Eclipse Public License 2"},
+            "EPL-2.0 OR MIT",
+        ),
+        "epl2": ({"LICENSE": MIT + "Eclipse Public License 2"}, "licence other"),
+        "reuse": (
+            {"LICENSES/MIT.txt": MIT, "LICENSES/CC0-1.0.txt": "Creative Commons"},
+            "CC AND MIT",
+        ),
+        "reuse2": ({"LICENSES/MIT.txt": MIT, "LICENSES/GPL-2.0-only.txt": GPL}, "licence GPL"),
         "deb": ({"debian/copyright": "Format: x\n\nFiles: *\nLicense: Expat\n Text\n"}, "MIT"),
     }
     for name, (files, _) in says.items():
@@ -294,10 +329,16 @@ def test_links_pipes_and_odd_names(tmp_path):
     (tmp_path / "in/away").symlink_to(tmp_path)
     os.mkfifo(repo / "pipe.py")
     tree(repo, {".git/config.py": CODE, ".github/ci.yml": "on: [push]\n"})
+    # a submodule that is checked out, under a licence of its own, and one that is not
+    tree(repo, {"sub/.git": "gitdir: ../.git/modules/sub\n", "sub/b.py": CODE, "sub/COPYING": GPL})
+    (repo / "empty").mkdir()
     found = items(tmp_path / "in")
     assert set(kept(found)) == {"repo/a\nb.py", "repo/\\xff.py", "repo/.github/ci.yml"}
     special = ("repo/link.py", "repo/loop", "repo/pipe.py")
-    assert reasons(found) == dict.fromkeys(special, "special_file") | {"repo/LICENSE": "suffix"}
+    suffix = ("repo/LICENSE", "repo/sub/.git", "repo/sub/COPYING")
+    assert reasons(found) == dict.fromkeys(special, "special_file") | dict.fromkeys(
+        suffix, "suffix"
+    ) | {"repo/sub/b.py": "licence GPL"}
 
 
 def test_encodings(tmp_path):
@@ -357,6 +398,22 @@ def test_archives_in_memory(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 
+def test_archives_of_every_packing_whatever_their_name(tmp_path):
+    plain = gzip.decompress(tarred({"r-1/a.py": CODE.encode(), "r-1/LICENSE": MIT.encode()}))
+    packed = {
+        "a.tar": plain,
+        "b.tar.gz": gzip.compress(plain),
+        "c.tar.bz2": bz2.compress(plain),
+        "d.tar.xz": lzma.compress(plain),
+        "e.tar.zst": zstandard.compress(plain),
+        "f.crate": gzip.compress(plain),
+        "misnamed.tgz": lzma.compress(plain),
+    }
+    tree(tmp_path / "in", packed)
+    found = items(tmp_path / "in")
+    assert set(kept(found)) == {f"{name.split('.')[0]}/a.py" for name in packed}
+
+
 def test_damaged_archives_cost_their_rest(tmp_path, rng):
     noise = {f"{i}.py": (CODE + "# " + rng.randbytes(30).hex()).encode() for i in range(99)}
     data = tarred({"LICENSE": MIT.encode(), **noise})
@@ -399,6 +456,8 @@ KEPT_HEADERS = [
     ("Haskell", "-- | Module: Data.Tree\n-- Trees of numbers.\nmodule Data.Tree where\n"),
     ("SQL", "-- all users that have paid\nselect 1;\n"),
     ("C", "/* never closed Copyright 2020 A.\nint x;\n"),
+    ("Python", "# Copyright notices are parsed here: see parse().\nimport x\n"),
+    ("C", "#include <a.h>\n/* Copyright 2020 A. */\nint x;\n"),
     ("reStructuredText", ".. Copyright 2020 A.\n\nTitle\n=====\n"),
 ]
 
@@ -421,6 +480,28 @@ def test_what_is_no_notice_stays(language, text):
         ("Python", f"# {NOTICE}\n# -*- coding: latin-1 -*-\nx\n", "# -*- coding: latin-1 -*-\nx\n"),
         ("Python", f'"""Title.\n\n{NOTICE}\n"""\nx = 1\n', '"""Title.\n\n"""\nx = 1\n'),
         ("Python", f"# {NOTICE}\n\n# What it does.\nx = 1\n", "# What it does.\nx = 1\n"),
+        (
+            "Go",
+            "// Copyright 2009 B.\n// Use is governed by a BSD-style\n// license in LICENSE.\n\n"
+            "//go:build linux\n\npackage a\n",
+            "//go:build linux\n\npackage a\n",
+        ),
+        ("Python", "# Authors: A\n#   B\n# License: BSD 3 clause\nx\n", "# Authors: A\n#   B\nx\n"),
+        ("Shell", f"#!/bin/sh\n# {NOTICE}\n# usage: x\n", "#!/bin/sh\n# usage: x\n"),
+        ("Python", f"# {NOTICE},\n# and B.\nx = 1\n", "x = 1\n"),
+        (
+            "PHP",
+            "<?php\n\ndeclare(strict_types=1);\n\n/*\n * This file is part of X.\n *\n"
+            " * (c) A\n *\n * The full copyright and license: see LICENSE.\n */\n\necho 1;\n",
+            "<?php\n\ndeclare(strict_types=1);\n\necho 1;\n",
+        ),
+        (
+            "C",
+            f"#ifndef A_H\n#define A_H\n/* {NOTICE} */\nint x;\n",
+            "#ifndef A_H\n#define A_H\nint x;\n",
+        ),
+        ("INI", f"# {NOTICE}\n[a]\n", "[a]\n"),
+        ("C++", "// Distributed under the Boost Software License.\nint x;\n", "int x;\n"),
         ("PHP", f"<?php\n/** {NOTICE} */\necho 1;\n", "<?php\necho 1;\n"),
         ("HTML", f"<!DOCTYPE html>\n<!-- {NOTICE} -->\n<p>x\n", "<!DOCTYPE html>\n<p>x\n"),
         ("Haskell", f"{{- {NOTICE} -}}\n-- | Trees\nmodule A\n", "-- | Trees\nmodule A\n"),
@@ -466,6 +547,7 @@ def test_every_language_is_found_by_its_names():
         "<!doctype",
     ]
     + ['"""', "copyright ", "/*\n\n", "(", "MIT OR ", "SPDX-License-Identifier: (", "License: x\n"]
+    + ["declare(", "# distributed under the ", "# copyright a\n", "// c 2020 a, and\n"]
     + ["// generated ", "Files: *\n", "[a]\n", "<?xml "],
 )
 def test_hostile_files_take_linear_time(unit):

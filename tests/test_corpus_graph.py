@@ -9,9 +9,11 @@ from pathlib import Path
 
 import orjson
 import pytest
+from test_corpus_models_linear import words
+from test_corpus_models_train import lexicons, text
 
 from llama.cli import UserError
-from llama.corpus import graph
+from llama.corpus import graph, lineage
 from llama.data.tokenize import source_names
 from llama.files import read_documents, read_json
 
@@ -33,6 +35,36 @@ def raw(tmp_path, rng):
     (tmp_path / "raw/README.md").write_text("not a source")
     (tmp_path / "all.yaml").write_text("across:\n  - step: exact\n")
     return tmp_path / "raw"
+
+
+@pytest.fixture
+def with_crawl(raw, rng):
+    """Articles in two languages, and a crawl some of whose pages they refer to."""
+    known = lexicons(rng)
+    dull = words(rng, "abcdefghij", 300).split()
+    articles = [
+        {
+            "text": text(rng, known[language], 400),
+            "language": language,
+            "references": [f"http://site{i}.org/{k}" for k in range(10)]
+            if language == "en"
+            else [],
+        }
+        for i in range(1000)
+        for language in ("en", "fr")
+    ]
+    pages = [
+        {"text": text(rng, lexicon, 60), "language": "en", "url": f"http://{site}{i}.org/{i % 10}/"}
+        for i in range(1100)
+        for site, lexicon in (("www.site", known["en"]), ("spam", dull))
+    ]
+    for name, many in (("wikipedia", articles), ("commoncrawl", pages)):
+        (raw / name).mkdir(exist_ok=True)
+        rng.shuffle(many)
+        (raw / name / "9.jsonl").write_bytes(b"\n".join(map(orjson.dumps, many)))
+    (raw.parent / "commoncrawl.yaml").write_text(YAML)
+    (raw.parent / "quality.yaml").write_text("recipe: quality\nunit_bytes: 100k\n")
+    return raw
 
 
 def line(raw: Path, output: str, *more: str) -> list[str]:
@@ -122,6 +154,62 @@ def test_a_source_that_fails_does_not_stop_the_next_and_is_named(raw, tmp_path):
         graph.main(line(raw, "clean"))
     assert (tmp_path / "clean/.stages/recipe/c4/stats.json").exists()
     assert not (tmp_path / "clean/wikipedia").exists()
+
+
+def test_too_little_to_learn_from_is_said_and_the_crawl_stays(raw, capsys):
+    (raw.parent / "commoncrawl.yaml").write_text(YAML)
+    (raw.parent / "quality.yaml").write_text("recipe: quality\n")
+    (raw / "commoncrawl").mkdir()
+    (raw / "commoncrawl/0.jsonl").write_text('{"text": "a page", "url": "http://a.org"}\n')
+    graph.main(line(raw, "clean"))
+    told = capsys.readouterr().out
+    assert told.index("== commoncrawl") < told.index("== models") < told.index("== quality of comm")
+    assert "0 pages that Wikipedia refers to, 1,000 needed" in told
+    clean = raw.parent / "clean"
+    [page] = read_documents(clean / "commoncrawl/00000.jsonl.zst")
+    assert page["text"] == "a page" and page["meta"]["bucket"] == "all"
+    names = [stage.name for stage in lineage.sources(clean)["commoncrawl"]]
+    assert names == ["plain", "quality", "exact"]
+    assert "language" in read_json(clean / ".stages/models/models.json")["not_learnt"]
+    # neither learnt nor graded
+    graph.main(line(raw, "raw-crawl", "--models", "none"))
+    assert "commoncrawl stays as it is, ungraded: --models none" in capsys.readouterr().out
+    [page] = read_documents(raw.parent / "raw-crawl/commoncrawl/00000.jsonl.zst")
+    assert "bucket" not in page["meta"]
+    # a folder that is ready, or is not
+    with pytest.raises(UserError, match="nowhere (is no folder|holds no)"):
+        graph.main(line(raw, "x", "--models", str(raw.parent / "nowhere")))
+    assert not (raw.parent / "x").exists()
+    (raw.parent / "quality.yaml").write_text("recipe: quality\nmin_reference_score: 0\n")
+    (raw.parent / "all.yaml").write_text("across: []\n")
+    graph.main(line(raw, "y", "--models", str(clean / ".stages/models")))
+    assert "== models" not in capsys.readouterr().out
+    [page] = read_documents(raw.parent / "y/commoncrawl/00000.jsonl.zst")
+    assert page["meta"]["bucket"] == "all" and not (raw.parent / "y/.stages/models").exists()
+    (raw.parent / "quality.yaml").write_text("recipe: quality\ncolour: red\n")
+    with pytest.raises(UserError, match="colour"):
+        graph.main(line(raw, "z"))
+    assert not (raw.parent / "z").exists()
+
+
+@pytest.mark.slow
+def test_models_are_learnt_and_pages_graded(with_crawl, capsys):
+    graph.main(line(with_crawl, "clean"))
+    told, clean = capsys.readouterr().out, with_crawl.parent / "clean"
+    models = read_json(clean / ".stages/models/models.json")
+    assert set(models["learnt"]) == {"language", "lm-en", "references"}
+    assert models["not_learnt"] == {"lm-fr": "0 pages in fr, 100 needed"} and "lm-fr" in told
+    kept = [d for p in (clean / "commoncrawl").glob("0*.zst") for d in read_documents(p)]
+    of_references = sum("site" in d["meta"]["url"] for d in kept)
+    assert of_references > 600 and len(kept) - of_references < 100
+    assert {d["meta"]["bucket"] for d in kept} <= {"head", "middle"}
+    dropped = read_json(clean / ".stages/0-quality/commoncrawl/stats.json")["total"]["dropped"]
+    assert dropped["tail"] > 500
+
+
+@pytest.mark.full
+def test_kill_9_while_models_are_learnt_leaves_the_same_bytes(with_crawl, rng):
+    test_kill_9_anywhere_leaves_the_same_bytes(with_crawl, rng)
 
 
 @pytest.mark.slow

@@ -52,6 +52,13 @@ def test_odd_pages_cost_at_most_themselves(page) -> None:
 
 
 @pytest.mark.slow
+def test_one_text_of_50_mb_is_a_page_or_a_reason() -> None:
+    found, behind = run(PAGE.format("some words here " * 3_300_000), PAGE.format("last"))
+    assert isinstance(found, Dropped) or len(found.text) > 50_000_000
+    assert "last" in behind.text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     ["<div>" * 500_000, "<p " + " ".join(f"a{i}=1" for i in range(200_000)) + ">"],

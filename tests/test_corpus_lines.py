@@ -125,6 +125,17 @@ def test_blank_lines_that_meet_become_one() -> None:
     assert Lines().apply(given, decisions).text == "one\n\ntwo"
 
 
+@pytest.mark.full
+def test_a_line_of_100_mb_and_ten_million_lines() -> None:
+    records, decisions = Lines().map(0, iter([Document("a", "word " * 20_000_000, "", {})]))
+    assert (len(records), len(decisions)) == (1, 0)
+    given = Document("a", "a\n" * 9_999_999 + "b", "", {})
+    records, decisions = Lines().map(0, iter([given]))
+    # more than 65,536: the number of a line needs more than two bytes
+    assert (len(records), len(decisions)) == (2, 9_999_998)
+    assert Lines().apply(given, decisions).text == "a\nb"
+
+
 @pytest.mark.slow
 def test_large_documents_take_linear_time() -> None:
     def seconds(text: str) -> float:

@@ -48,7 +48,7 @@ def sources(folder: Path, rng, each: int = 60, shards: int = 4, words: int = 90)
 
 
 def kept(folder: Path) -> list[str]:
-    paths = sorted(folder.glob("*.jsonl.zst"))
+    paths = sorted(folder.glob("[0-9]*.jsonl.zst"))
     return [found["id"] for path in paths for found in read_documents(path)]
 
 
@@ -143,7 +143,7 @@ class Chains:
                 x = first[x]
             return x
 
-        for a, b in finds.tolist():
+        for a, b in (pair for part in finds for pair in part.tolist()):
             a, b = find(a), find(b)
             first[max(a, b)] = min(a, b)
         rows = [(x >> 32, x & 0xFFFFFFFF, find(x)) for x in first if find(x) != x]
@@ -197,12 +197,58 @@ def test_a_recipe_may_have_global_steps_among_its_own(tmp_path, rng):
         wanted = [f"{words.index(word):02}.txt" for word in set(words) if len(word) >= 8]
         assert kept(out) == sorted(wanted)
         assert summary.total["documents"] == {"in": 50, "out": len(wanted)}
+        gone = 50 - len(set(words))
+        short = {"short": 1} if "short" in words else {}
+        assert summary.total["dropped"] == {"exact_duplicate": gone, **short}
+        told = {line.split()[0]: line.split() for line in summary.table().splitlines()}
+        assert told["all"][1] == "50" and told["all"].count(str(len(wanted))) == 1
+        assert told["exact"][1] == "50" and f"exact_duplicate {gone}" in summary.table()
         outputs.append(made(out))
     assert outputs[0] == outputs[1]
     assert read_json(out / ".stages/0/stats.json")["total"]["steps"] == {"1 unix_line_ends": 50}
     again = plain.plan(plain.Options(source="x", unit_bytes=20_000, min_chars=3), [tmp_path / "in"])
     with pytest.raises(UserError, match="options.min_chars: 1 -> 3"):
         shuffle.pipeline(again, steps, out, Executor(1))
+
+
+@dataclass(frozen=True)
+class Fragile(Exact):
+    """`Exact`, whose map goes wrong on some texts."""
+
+    how: str = "raise"
+
+    def map(self, unit, documents):
+        return super().map(unit, (self.look(each) for each in documents))
+
+    def look(self, each):
+        if "text 7" in each.text:
+            if self.how == "raise":
+                raise ValueError("seven")
+            if self.how == "hang":
+                time.sleep(60)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return each
+
+
+@pytest.mark.parametrize("how", ["raise", "crash", "hang"])
+def test_a_document_that_the_step_cannot_map_costs_itself(tmp_path, rng, monkeypatch, how):
+    given = sources(tmp_path / "in", rng, each=12 if how == "hang" else 60)
+    extra = [document(f"more/{i}", f"text {700 + i}", "wiki") for i in range(2)]
+    write_documents(tmp_path / "in/wiki/9.jsonl.zst", extra)
+    bad = {d["id"] for found in given.values() for d in found if "text 7" in d["text"]}
+    bad |= {d["id"] for d in extra}
+    monkeypatch.setattr(shuffle.Shuffle.__init__, "__defaults__", (1.0,))
+    expected = firsts(
+        {name: [d for d in f if "text 7" not in d["text"]] for name, f in given.items()}
+    )
+    out = run(tmp_path, "out", Fragile(how=how), max_quarantined=1, partitions=3)
+    assert {name: kept(out / name) for name in given} == expected
+    listed = [orjson.loads(x) for p in out.glob("*/quarantine.*") for x in read_lines(p)]
+    assert {x["id"] for x in listed} == bad
+    [reason] = {x["reason"] for x in listed}
+    told = {"raise": "ValueError: seven", "crash": "SIGSEGV", "hang": "longer than the deadline"}
+    assert reason == ("exception" if how == "raise" else "crash")
+    assert all(told[how] in x["error"] for x in listed)
 
 
 def test_empty_shards_and_unfinished_inputs(tmp_path, rng):

@@ -1,5 +1,6 @@
 """Recipe `stackexchange`: threads joined from rows in any order, HTML gone, code kept."""
 
+import gzip
 import html
 import os
 import random
@@ -72,6 +73,7 @@ def test_each_drop_reason(tmp_path: Path) -> None:
         row(2, 2, ParentId=99),
         row(3, 4),
         row(4, Body=" <img src='x'> "),
+        '  <row Id="10" PostTypeId="1" Title="without a body" />',
         row(1, Body="again"),
         "  <row Id='5' PostTypeId='1' Body='single quotes &gt; and\n a line end > within' />",
         row(6).replace('Id="6"', 'Id="six"'),
@@ -87,7 +89,7 @@ def test_each_drop_reason(tmp_path: Path) -> None:
     assert total["dropped"] == {
         "answer_without_question": 1,
         "post_type": 1,
-        "no_body": 1,
+        "no_body": 2,
         "duplicate": 1,
     }
     assert total["quarantined"] == {"xml": 2, "too_large": 1}
@@ -195,6 +197,17 @@ def test_the_largest_sites_are_taken(tmp_path: Path) -> None:
     assert len(stackexchange.plan(stackexchange.Options(sites=0), [tmp_path]).units) == 3
     with pytest.raises(UserError, match="sites is -1"):
         stackexchange.plan(stackexchange.Options(sites=-1), [tmp_path])
+
+
+def test_a_cut_off_gzip_keeps_what_came_before(tmp_path: Path) -> None:
+    site = tmp_path / "raw" / "stackoverflow.com-Posts"
+    site.mkdir(parents=True)
+    rows = [row(i, Body=random.randbytes(3000).hex()) for i in range(1, 99)]
+    data = gzip.compress("\n".join(rows).encode())
+    (site / "Posts.xml.gz").write_bytes(data[: len(data) // 2])
+    documents, total = made(tmp_path, tmp_path / "raw")
+    assert 9 < len(documents) < 98 and "stackoverflow.com:1" in documents
+    assert total["quarantined"]["damaged"] == 1
 
 
 def test_archives(tmp_path: Path) -> None:

@@ -128,9 +128,10 @@ def test_headers_by_name(tmp_path) -> None:
     [found] = read(tmp_path, head.encode() + b"text\r\n\r\n", "x.wet")
     assert (found.kind, found.body) == ("conversion", b"text")
     assert found.headers["warc-target-uri"] == "http://ü.org/a b" and found.headers["x-new"] == "1"
-    # line ends of other systems
-    [found] = read(tmp_path, head.replace("\r", "").encode() + b"text\n\n", "y.wet")
-    assert (found.kind, found.body) == ("conversion", b"text")
+    # line ends of other systems, and those of one that has made them twice
+    for end in ("\n", "\r\r\n"):
+        [found] = read(tmp_path, head.replace("\r\n", end).encode() + b"text\n\n", "y.wet")
+        assert (found.kind, found.body) == ("conversion", b"text")
 
 
 def test_arc(tmp_path, rng) -> None:

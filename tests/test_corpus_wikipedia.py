@@ -1,6 +1,7 @@
 """Recipe `wikipedia`: wikitext by its rules and on hostile input, dumps whole, cut and damaged."""
 
 import bz2
+import gzip
 import html
 import os
 import random
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from llama.corpus import engine
+from llama.corpus import explain, lineage
+from llama.corpus.engine import Summary
+from llama.corpus.executors import Executor
+from llama.corpus.shuffle import pipeline
 from llama.corpus.sources import wikipedia
 from llama.corpus.steps.wikitext import plain_text, references
 from llama.files import read_documents
@@ -29,6 +33,7 @@ from llama.files import read_documents
         ("a<!-- <ref> --> b <!-- never closed", "a b"),
         ("{| class=x\n|-\n| a || {{b}}\n{|\n| nested\n|}\n|}\nafter", "after"),
         ("{{t|\n|}}after", "after"),
+        ("a<table><tr><td>x<table>y</table></td></tr></table>b <table>c", "ab c"),
         ("[http://a.b label] [https://c.d] [//e.f g h] http://i.j/", "label g h http://i.j/"),
         ("[not a link] and [http://broken\nlabel]", "[not a link] and [http://broken\nlabel]"),
         ("<math>a_{i}^{[[2]]}</math> <nowiki>[[x]]</nowiki>", "a_{i}^{[[2]]} [[x]]"),
@@ -36,7 +41,15 @@ from llama.files import read_documents
         ("== A ==\n\n=== B ===\ntext\n== Empty ==\n{{reflist}}", "A\n\nB\n\ntext"),
         ("* one\n** two\n# three\n:indented\n; term", "* one\n* two\n* three\nindented\nterm"),
         ("-{zh-hans:x;zh-hant:y}- -{A|sr-ec:ц; sr-el:c}- -{plain}- -{H|a:b}-.", "x ц plain ."),
+        ("-{sr-ec|текст}- -{zh-hans;zh-hant|X}- -{-|x}- -{D|y}-", "текст X"),
         ("a -{{template}}- b", "a -- b"),
+        ("__KEIN_INHALTSVERZEICHNIS__ __БЕЗ_ОГЛ__a __init__ __main__", "a __init__ __main__"),
+        ("a\n----\nb<noinclude>c</noinclude><includeonly>d</includeonly>", "a\n\nbc"),
+        ("M ({{lang|ru|М}}; {{IPA|m}}, 1147) ({{a}}) f() (x{{b}})", "M (1147) f() (x)"),
+        (
+            "x<source lang=py>\nif a:\n    # b  c\n    == d\n</source>y<pre>z</pre>",
+            "x\nif a:\n    # b  c\n    == d\ny\nz",
+        ),
         ("__NOTOC__a&nbsp;&amp;amp; &lt;b&gt;", "a &amp; <b>"),
         ("unclosed {{template and [[link", "unclosed {{template and [[link"),
         ("[[a {{b]] c}} d", "[[a d"),
@@ -57,6 +70,20 @@ def test_names_of_namespaces_are_those_of_the_wiki() -> None:
 def test_references_are_each_named_once() -> None:
     source = "{{cite web|url=http://a.org/x|t}} [https://b.org c] <ref>http://a.org/x.</ref>"
     assert references(source) == ["http://a.org/x", "https://b.org"]
+
+
+LOCALISED = """bg Картинка Категория|ca Fitxer Categoria|cs Soubor Kategorie|da Fil Kategori
+de Datei Kategorie|es Archivo Categoría|fr Fichier Catégorie|hr Datoteka Kategorija
+hu Fájl Kategória|it Immagine Categoria|nl Bestand Categorie|pl Plik Kategoria
+pt Ficheiro Categoria|ro Fişier Categorie|ru Файл Категория|sl Slika Kategorija
+sr Датотека Категорија|sv Bild Kategori|uk Зображення Категорія"""
+
+
+@pytest.mark.parametrize("names", LOCALISED.replace("\n", "|").split("|"))
+def test_files_and_categories_go_in_every_language(names: str) -> None:
+    _, file, category = names.split()
+    caption = f"thumb|A [[link]], {{{{t|[[x]]}}}} and [[{file}:b.png|20px]]"
+    assert plain_text(f"a [[{file}:a.jpg|{caption}]] [[ {category} :c]] b") == "a b"
 
 
 HOSTILE = [
@@ -93,6 +120,10 @@ HOSTILE += [
     "}}}}",
     "<gallery>",
     "<REF>",
+    "<table>",
+    "<pre>\n</pre>",
+    "({{a}} ",
+    "( ;",
     "-{a:",
     "__A",
 ]
@@ -140,10 +171,10 @@ def page(id: int, text: str, ns: int = 0, more: str = "", title: str = "") -> st
     )
 
 
-def made(tmp_path: Path, raw: Path, **options) -> tuple[dict[str, dict], engine.Summary]:
+def made(tmp_path: Path, raw: Path, **options) -> tuple[dict[str, dict], Summary]:
     chosen = wikipedia.Options(source="wikipedia", **{"min_chars": 1} | options)
     plan = wikipedia.plan(chosen, [raw])
-    summary = engine.run(plan, wikipedia.steps(chosen), tmp_path / "out", 1, 1.0)
+    summary = pipeline(plan, wikipedia.steps(chosen), tmp_path / "out", Executor(1), 1.0)
     shards = sorted((tmp_path / "out").glob("0*.zst"))
     return {d["id"]: d for path in shards for d in read_documents(path)}, summary
 
@@ -202,6 +233,13 @@ def test_a_multistream_dump_is_the_same_whole_and_cut(tmp_path: Path, rng: rando
     assert len(expected) == 24 and len(summary.units) == 1
     documents, summary = made(cut, cut, unit_bytes=len(data) // rng.randrange(2, 9))
     assert documents == expected and len(summary.units) > 1
+    # beside the plain dump of the same wiki, as they are served
+    os.link(whole / "enwiki.xml.bz2", cut / "enwiki-1-pages-articles.xml.bz2")
+    documents, summary = made(tmp_path, cut)
+    assert documents == expected and summary.total["dropped"] == {"id_duplicate": 24}
+    [stages] = lineage.sources(tmp_path / "out").values()
+    told = explain.tell("wikipedia", stages, "enwiki:0")
+    assert "bytes, kept" in told and "exact by id: 1 exact" in told
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "no bzip2"])
@@ -222,6 +260,42 @@ def test_a_damaged_dump_keeps_what_came_before(tmp_path: Path, damage: str) -> N
     kept = 4 if damage in ("truncated", "flipped") else 0
     assert len(documents) == kept
     assert summary.total.get("quarantined", {}).get("damaged", 0) == (1 if kept else 0)
+
+
+def test_pages_of_every_schema(tmp_path: Path) -> None:
+    """An older and a newer one, a text that is gone, and a history, of which the last is read."""
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    text = "<text bytes='1' sha1='x' xml:space='preserve'>{}</text>"
+    revision = "<revision><id>1</id><origin>1</origin><model>wikitext</model>{}</revision>"
+    pages = [
+        "<page><title>A</title><id>1</id><revision><text>Old dump</text></revision></page>",
+        "<page><title>Datei:B</title><id>2</id><revision><text>x</text></revision></page>",
+        "<page><title>C</title><ns>0</ns><id>3</id>{}</page>".format(
+            "".join(revision.format(text.format(each)) for each in ("first", "second"))
+        ),
+        "<page><title>D</title><ns>0</ns><id>4</id>{}</page>".format(
+            revision.format('<text bytes="0" deleted="deleted" />')
+        ),
+    ]
+    (raw / "dewiki-pages.xml.gz").write_bytes(
+        gzip.compress((HEAD.format("dewiki") + "\n".join(pages)).encode())
+    )
+    documents, summary = made(tmp_path, raw)
+    assert {id: d["text"] for id, d in documents.items()} == {
+        "dewiki:1": "A\n\nOld dump",
+        "dewiki:3": "C\n\nsecond",
+    }
+    assert summary.total["dropped"] == {"namespace": 1, "empty": 1}
+
+
+@pytest.mark.slow
+def test_a_list_of_4_megabytes() -> None:
+    line = "* [[Place {0}|The place {0}]], {{{{coord|{0}|1}}}} in ''{0}''<ref>{0}</ref>\n"
+    source = "".join(line.format(i) for i in range(60_000))
+    assert len(source) > 4_000_000
+    lines = plain_text(source).split("\n")
+    assert len(lines) == 60_000 and lines[7] == "* The place 7, in 7"
 
 
 def test_bytes_that_are_not_utf8_cost_no_page(tmp_path: Path) -> None:

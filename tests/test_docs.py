@@ -48,6 +48,8 @@ INSTEAD = [
     (r"^python -m benchmarks.train_step", r"\g<0> --pairs 1", "takes minutes"),
     (r"^python -m benchmarks.generate", r"\g<0> --pairs 1 --new_tokens 4", "takes minutes"),
     (r"^python -m benchmarks.corpus_speed", r"\g<0> --rounds 1", "takes minutes"),
+    (r"^(python -m llama.corpus train_models).*", r"\1 --help", "needs a crawl"),
+    (r"^python -m benchmarks.recompute", r"\g<0> --rounds 1 --shape quickstart", "takes minutes"),
     (r"^python -m benchmarks.corpus_quality", r"\g<0> --only books", "takes minutes"),
     (r"^python -m benchmarks.loader", r"\g<0> --tokens 100k", "takes minutes"),
 ]

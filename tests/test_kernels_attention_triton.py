@@ -188,6 +188,27 @@ def test_offsets_beyond_2_to_the_31() -> None:
     assert torch.equal(out[:, last], launch.forward(*alone)[0][:, -256:])
 
 
+@interpreted
+@pytest.mark.parametrize("arch", [80, 90])
+def test_strides_that_pass_2_to_the_32(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens, far apart: memory that is never touched is never there."""
+    monkeypatch.setattr(launch, "arch_of", lambda x: arch)
+    T, H, D, far = 70, 2, 32, 2**26
+    memory = torch.empty(T * far, dtype=torch.float16)
+    close = [torch.randn(1, T, H, D, dtype=torch.float16) for _ in range(4)]
+    apart = [memory.as_strided((1, T, H, D), (T * far, far, D, 1), 4 * i * D) for i in range(4)]
+    for here, there in zip(close, apart, strict=True):
+        there.copy_(here)
+
+    def work(*qkv: Tensor) -> Tensor:
+        return attention_op.attention(*qkv, None, True, False, True)[0]
+
+    *inputs, grad = apart
+    found = values_and_gradients(work, inputs, [grad])
+    for ours, expected in zip(found, values_and_gradients(work, close[:3], close[3:]), strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.gpu
 @on_gpu
 def test_the_same_bits_twice() -> None:

@@ -10,6 +10,7 @@ from llama.cli import UserError
 
 COMMANDS = {
     "run": "llama.corpus.recipes",
+    "train_models": "llama.corpus.models.train",
     "dedup": "llama.corpus.dedup",
     "all": "llama.corpus.graph",
     "report": "llama.corpus.report",
@@ -17,18 +18,23 @@ COMMANDS = {
 }
 USAGE = """usage: python -m llama.corpus COMMAND
 
-  run --config configs/corpus/plain.yaml --input PATH ... --output data/SET/documents/SOURCE
-      [--OPTION VALUE]       raw text to documents by one recipe
+  run --config configs/corpus/plain.yaml --input PATH ...
+      --output data/SET/documents/SOURCE [--OPTION VALUE]
+                             raw text to documents by one recipe
+  train_models --wikipedia FOLDER ... --crawl FOLDER ... --output MODELS
+                             languages, n-gram models and the classifier of
+                             references, learnt from clean documents
   dedup --step exact --input data/SET/documents/SOURCE ... --output FOLDER
                              documents that occur in several places, once
-  all --input RAW --output CLEAN
-                             every source below RAW by its recipe, then across the sources
-  report CLEAN -o report.html [--input RAW] [--tokenizer FOLDER]
+  all --input RAW --output CLEAN [--models MODELS | none]
+                             every source below RAW by its recipe; models and
+                             the quality of pages; then across the sources
+  report CLEAN -o report.html [--tokenizer FOLDER]
                              one page about it, and its bill of materials
   explain CLEAN ID           what happened to one document at each step
 
-The first three take [--workers N] [--executor local | datatrove | slurm | ray]; each lists
-its options with --help, `run --config FILE --help` those of a recipe."""
+The first four take [--workers N] [--executor local|datatrove|slurm|ray]; each
+lists its options with --help, `run --config FILE --help` those of a recipe."""
 
 
 def main(argv: list[str]) -> None:

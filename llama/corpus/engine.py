@@ -6,6 +6,7 @@ record that could not be used, with file, line and error) and journal.jsonl (wha
 bytes depend on input and options alone.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ STATS, QUARANTINE = "stats.json", "quarantine.jsonl.zst"
 ENOUGH_DOCUMENTS = 10_000
 DEADLINE_S = 300.0
 EXAMPLES = 5
+# Groups of counts that add up over the parts of a run.
+ENDS = ("dropped", "dropped_bytes", "quarantined", "quarantined_bytes", "noted")
 
 
 @dataclass
@@ -36,19 +39,21 @@ class Summary:
 
     Args:
         output: The folder.
-        plan: Hash of the plan.
+        name: Recipe or step.
         units: Finished units in the order of their names.
         left_out: Files under the input that were not read.
+        before: The run that has made what was read, if it is a part of this one.
     """
 
     output: Path
-    plan: str
+    name: str
     units: Sequence[Record]
     left_out: Sequence[LeftOut]
+    before: "Summary | None" = None
 
     @property
     def counts(self) -> Counts:
-        """Counts by input format."""
+        """Counts by input format, of the last part."""
         total = unit.no_counts()
         for done in self.units:
             unit.add(total, done["counts"])
@@ -56,25 +61,39 @@ class Summary:
 
     @property
     def total(self) -> Mapping[str, Mapping[str, int]]:
-        """Counts over all formats: total["documents"]["out"], total["dropped"]["empty"], ..."""
-        total = unit.no_counts()
+        """Counts over all formats and parts: total["documents"]["out"], ["dropped"]["empty"]..."""
+        found = unit.no_counts()
         for groups in self.counts.values():
-            unit.add(total, {"all": groups})
-        return total["all"]
+            unit.add(found, {"all": groups})
+        total = found["all"]
+        if self.before:
+            earlier = self.before.total
+            unit.add(found, {"all": {group: earlier.get(group, {}) for group in ENDS}})
+            total["files"] = Counter(earlier["files"])
+            for group in ("documents", "bytes"):
+                total[group]["in"] = earlier[group]["in"]
+        return total
 
     @property
     def quarantined(self) -> int:
         return sum(self.total["quarantined"].values())
 
     def table(self) -> str:
-        """What a person wants to know: one line a format, then every reason with its count."""
-        rows = [(format, *_row(groups)) for format, groups in sorted(self.counts.items())]
+        """What a person wants to know: a line a format and part, then every reason's count."""
+        parts = [self]
+        while parts[0].before:
+            parts.insert(0, parts[0].before)
+        rows = [(format, *_row(groups)) for format, groups in sorted(parts[0].counts.items())]
+        rows += [
+            (part.name, "", "", *_row(g)[2:]) for part in parts[1:] for g in part.counts.values()
+        ]
         if len(rows) > 1:
             rows.append(("all", *_row(self.total)))
         header = ("input", "files", "on disk", "documents", "text", "kept", "text kept")
         lines = [cli.table(header, rows)]
+        total = self.total
         for group in ("dropped", "quarantined", "noted"):
-            if reasons := self.total.get(group):
+            if reasons := total.get(group):
                 listed = ", ".join(f"{name} {n:,}" for name, n in sorted(reasons.items()))
                 lines.append(f"{group}: {listed}")
         for reason, found in left_out_by_reason(self.left_out).items():
@@ -137,19 +156,25 @@ def stage(
     work = Work(plan.read, tuple(steps), Path(output), deadline_s)
     jobs = [Job(u) for u in plan.units]
     limit = _Limit(max_quarantined, {job.name: job.cost for job in jobs})
-    return Stage(f"corpus {plan.recipe}", Path(output), plan.header(), jobs, work, limit)
+    label, folder = f"corpus {plan.recipe}", Path(output)
+    return Stage(label, folder, plan.header(), jobs, work, limit, inputs=_inputs)
+
+
+def _inputs(job: Job) -> dict[str, Path]:
+    """Files that the unit is the first to read of, whole."""
+    return {piece.name: Path(piece.path) for piece in job.unit.pieces if not piece.begin}
 
 
 def conclude(
     plan: Plan, stage: Stage, records: Sequence[Record], max_quarantined: float = 0.01
 ) -> Summary:
     """Check the records of a stage that has run, and write the lists and counts beside them."""
-    summary = Summary(stage.folder, stage.header["plan"], records, plan.left_out)
+    summary = Summary(stage.folder, plan.recipe, records, plan.left_out)
     try:
         _write_quarantine(summary)
         _check_quarantine(summary, max_quarantined)
         assert len(records) == len(plan.units), "a unit was neither done nor refused"
-        _write_stats(summary, plan)
+        _write_stats(summary, plan, stage.header["plan"])
     except OSError as error:
         raise UserError(f"{stage.folder} cannot be written: {error}") from error
     return summary
@@ -205,7 +230,7 @@ def _write_quarantine(summary: Summary) -> None:
                 out.write(orjson.dumps({**record, "unit": done["unit"]}))
 
 
-def _write_stats(summary: Summary, plan: Plan) -> None:
+def _write_stats(summary: Summary, plan: Plan, hash: str) -> None:
     outputs = []
     for done in summary.units:
         known = done["files"][done["unit"]]
@@ -216,7 +241,7 @@ def _write_stats(summary: Summary, plan: Plan) -> None:
         {
             "recipe": plan.recipe,
             "options": plan.options,
-            "plan": summary.plan,
+            "plan": hash,
             "total": summary.total,
             "formats": summary.counts,
             "left_out": left_out_by_reason(summary.left_out),

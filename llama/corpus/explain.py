@@ -66,6 +66,7 @@ def tell(source: str, stages: Sequence[Stage], id: str, raw: str = "") -> str:
         if ended:
             verdict = "quarantined: " if "error" in line else "dropped: "
             verdict, size = verdict + line["reason"], line["bytes"]
+            verdict += f" ({line['detail']})" if "detail" in line else ""
             rows.append((f"{stage.name}: {ended}", "", verdict))
         known = {}
     error = followed[-1][2].get("error", "")
@@ -84,11 +85,12 @@ def _follow(stages: Sequence[Stage], id: str) -> Iterator[tuple[Stage, int, dict
     unit = None
     for stage in stages:
         units = range(len(stage.shards)) if unit is None else [unit]
+        # what stays first: of documents with the same id the others are in the lists
         lines = (
             (i, line)
+            for paths in (stage.shards, stage.lists)
             for i in units
-            for path in (stage.lists[i], stage.shards[i])
-            for line in files.read_lines(path)
+            for line in files.read_lines(paths[i])
             if line.startswith(begin)
         )
         # a shard stays the same one from stage to stage

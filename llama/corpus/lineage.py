@@ -21,18 +21,20 @@ from llama.corpus.shuffle import STAGES, WORK
 # So much is read of the lists of what a stage has dropped.
 LIST_BYTES = 1 << 28
 READING, SAMPLES = "reading", 2
+Samples = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A folder that a run has finished, with its stats.json; its name is the recipe or step."""
+    """A folder that a run has finished, with its stats.json; its name tells the recipe or step."""
 
     folder: Path
     stats: dict[str, Any]
 
     @property
     def name(self) -> str:
-        return str(self.stats["recipe"])
+        same = self.stats["options"].get("same", "text")
+        return self.stats["recipe"] + (f" by {same}" if same != "text" else "")
 
     @property
     def total(self) -> dict[str, dict[str, int]]:
@@ -57,16 +59,26 @@ class Stage:
         """The plan: recipe, options and the inputs with their sizes."""
         return dict(orjson.loads(next(files.read_lines(self.folder / journal.NAME))))
 
-    def ended(self) -> tuple[dict[str, Counter[str]], dict[str, list[tuple[str, str]]]]:
-        """Step -> reason -> documents in the lists; and by reason some ids with text or error."""
+    def inputs(self) -> dict[str, dict[str, Any]]:
+        """What was read, with bytes and hash; the hash of a folder is not known."""
+        header, *records = map(orjson.loads, files.read_lines(self.folder / journal.NAME))
+        hashed = {n: s for record in records for n, s in record.get("inputs", {}).items()}
+        known = {n: {"bytes": s, "sha256": None} for n, s in header["inputs"].items()}
+        return {name: hashed.get(name, entry) for name, entry in known.items()}
+
+    def ended(self) -> tuple[dict[str, Counter[str]], Samples, dict[str, Counter[str]]]:
+        """Step -> reason -> documents in the lists; by reason some ids with text or error; and
+        reason -> detail -> documents."""
         steps: dict[str, Counter[str]] = defaultdict(Counter)
-        samples: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        samples: Samples = defaultdict(list)
+        details: dict[str, Counter[str]] = defaultdict(Counter)
         for line in map(orjson.loads, spread(self.lists, LIST_BYTES)):
             steps[line["step"] or READING][line["reason"]] += 1
+            details[line["reason"]].update([line["detail"]] if "detail" in line else [])
             text = line.get("error") or line.get("sample")
             if text and len(samples[line["reason"]]) < SAMPLES:
                 samples[line["reason"]].append((line["id"], text))
-        return steps, samples
+        return steps, samples, details
 
 
 def sources(clean: Path) -> dict[str, list[Stage]]:

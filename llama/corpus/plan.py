@@ -123,6 +123,8 @@ def find(
     to files are followed, links to folders are not, so there are no cycles and nothing is read
     twice.
     """
+    if not inputs:
+        raise UserError("the recipe reads what lies below --input, which is not given")
     pieces: dict[str, Piece] = {}
     left_out: list[LeftOut] = []
     for given in map(Path, inputs):

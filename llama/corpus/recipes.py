@@ -22,7 +22,8 @@ from llama.corpus.executors import Executor
 from llama.corpus.plan import Plan
 
 # To add one, add its name: the module is imported when it runs.
-RECIPES = "arxiv books c4 commoncrawl github installed plain stackexchange wikipedia".split()
+RECIPES = """arxiv books c4 commoncrawl github installed plain quality stackexchange
+wikipedia""".split()
 
 
 @dataclass
@@ -57,6 +58,23 @@ def main(argv: list[str]) -> None:
 
 def prepare(argv: Sequence[str]) -> Prepared:
     """Read a command line and lay out the input."""
+    recipe, options, values = parse(argv)
+    output = Path(values.output)
+    inputs = [Path(path) for path in values.input]
+    for path in inputs:
+        if output.resolve().is_relative_to(path.resolve()):
+            raise UserError(f"--output {output} lies inside --input {path}, and would be read")
+    executor = executors.from_arguments(values)
+    plan = recipe.plan(options, inputs)
+    if not plan.units:
+        found = engine.left_out_by_reason(plan.left_out)
+        why = ", ".join(f"{reason} {entry['files']}" for reason, entry in found.items())
+        raise UserError(f"nothing to read in {', '.join(map(str, inputs))} ({why or 'empty'})")
+    return Prepared(recipe, options, plan, output, values.max_quarantined, executor)
+
+
+def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
+    """(recipe, its options, all values) of a command line; what is to be read may not be there."""
     name = _recipe(argv)
     recipe = _load(name)
     p = cli.parser("python -m llama.corpus run", f"Recipe {name}: raw text to documents.")
@@ -73,27 +91,16 @@ def prepare(argv: Sequence[str]) -> Prepared:
     executors.add_arguments(p)
     p.add_class_arguments(recipe.Options)
     values = p.parse_args(argv)
-    output = Path(values.output)
-    inputs = [Path(path) for path in values.input]
-    for path in inputs:
-        if output.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--output {output} lies inside --input {path}, and would be read")
     keys = recipe.Options.__dataclass_fields__
     options = recipe.Options(**{key: values[key] for key in keys})
-    options.source = options.source or output.resolve().name
+    options.source = options.source or Path(values.output).resolve().name
     if not re.fullmatch(r"\w[\w.+-]*", options.source):
         raise UserError(
             f"source is {options.source!r}, expected letters, digits, '.', '_', '+' and '-' only"
         )
     if not 0 <= values.max_quarantined <= 1:
         raise UserError(f"max_quarantined is {values.max_quarantined}, expected 0 to 1")
-    executor = executors.from_arguments(values)
-    plan = recipe.plan(options, inputs)
-    if not plan.units:
-        found = engine.left_out_by_reason(plan.left_out)
-        why = ", ".join(f"{reason} {entry['files']}" for reason, entry in found.items())
-        raise UserError(f"nothing to read in {', '.join(map(str, inputs))} ({why or 'empty'})")
-    return Prepared(recipe, options, plan, output, values.max_quarantined, executor)
+    return recipe, options, values
 
 
 def _load(name: str) -> ModuleType:

@@ -8,6 +8,7 @@ that are left, or in so much of each source as --read says. Sources stand beside
 
 import io
 import platform
+import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import orjson
 
 from llama import cli, files, html
 from llama.cli import UserError, show_bytes, show_count
-from llama.corpus import journal, lineage
+from llama.corpus import lineage
 from llama.corpus.lineage import READING, SAMPLES, Stage
 from llama.html import Markup, Picture, tag
 from tokenizer.tokenizer import Tokenizer
@@ -38,6 +39,8 @@ TABLE_1 = {
 BYTES_PER_TOKEN = 4
 LIBRARIES = "llama-pretraining numpy orjson zstandard pyarrow py7zr resiliparse py3langid datatrove"
 SAMPLE_CHARS, LISTED, INPUTS = 500, 12, 3
+# What steps/perplexity.py says of a document that it drops: its perplexity, and its language.
+_PERPLEXITY = re.compile(r"perplexity ([\d.]+) in (\S+)")
 # Buckets of perplexity that end at a cut-off.
 CUT_OFFS = {"head": "--", "middle": ":"}
 Entry = dict[str, Any]
@@ -56,7 +59,6 @@ def main(argv: Sequence[str]) -> None:
     p = cli.parser("python -m llama.corpus report", "One page about clean documents.")
     p.add_argument("clean", type=str, help="Folder that run, dedup or all has written.")
     p.add_argument("-o", "--output", default="report.html", help="The page; PNGs go beside it.")
-    p.add_argument("--input", default="", help="Raw input of the run, whose files are hashed.")
     p.add_argument("--tokenizer", default="", help="Model file, to count tokens with.")
     p.add_argument("--read", type=cli.count, default="256M", help="Bytes read of each source.")
     a = p.parse_args(list(argv))
@@ -69,13 +71,9 @@ def main(argv: Sequence[str]) -> None:
         tokenizer = Tokenizer(model if model.is_file() else a.tokenizer) if a.tokenizer else None
     except ValueError as error:
         raise UserError(f"--tokenizer: {error}") from error
-    known = files.read_json(clean / BILL)["sources"] if (clean / BILL).exists() else {}
     entries, looks = {}, {}
     for name, stages in found.items():
         entries[name], looks[name] = look(stages, tokenizer, a.read)
-        places = [Path(a.input, name), Path(a.input)] if a.input else []
-        before = known.get(name, {}).get("inputs", {})
-        entries[name]["inputs"] = _hashed(stages[0], places, before)
     versions = {d.name: d.version for d in metadata.distributions() if d.name in LIBRARIES.split()}
     versions = {"python": platform.python_version()} | dict(sorted(versions.items()))
     bill = {"tokenizer": tokenizer and tokenizer.sha256, "versions": versions, "sources": entries}
@@ -91,28 +89,23 @@ def main(argv: Sequence[str]) -> None:
     print(f"wrote {output}, its PNGs beside it, and {clean / BILL}")
 
 
-def _hashed(stage: Stage, places: Sequence[Path], known: Mapping[str, Entry]) -> Entry:
-    """Input files with size and hash; one that is known is computed again only if touched."""
-    found: Entry = {}
-    for name, size in stage.header()["inputs"].items():
-        paths = (path for place in places for path in (place / name, place) if path.is_file())
-        path = next((path for path in paths if path.stat().st_size == size), None)
-        # shards of documents are known by their hash
-        entry = {"sha256": size} if isinstance(size, str) else {"bytes": size, "sha256": None}
-        entry = known[name] if known.get(name, {}).get("bytes") == size else entry
-        again = path and not (entry["sha256"] and journal.intact(path, entry))
-        found[name] = journal.stamp(path) if again and path else entry
-    return found
-
-
 def look(stages: Sequence[Stage], tokenizer: Tokenizer | None, n_bytes: int) -> tuple[Entry, Look]:
     """A source in the bill, and what only the page shows."""
     first, last, found = stages[0], stages[-1], Look([], {"kept": []})
     steps: list[Entry] = []
+    clusters: dict[str, Entry] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for stage in stages:
-        ended, samples = stage.ended()
+        ended, samples, details = stage.ended()
         found.samples.update(samples)
+        for reason, copies in details.items():
+            if is_duplicate(reason) and copies:
+                # with the one that stays
+                clusters[reason] = {"clusters": len(copies), "largest": 1 + max(copies.values())}
+            told = ((_PERPLEXITY.fullmatch(detail), n) for detail, n in copies.items())
+            found.perplexities.extend(
+                (m[2], float(m[1]), reason) for m, n in told if m for _ in range(n)
+            )
         total = stage.total
         rows = [(READING, total["documents"]["in"], total["bytes"]["in"])] * (stage is first)
         rows += [(s, total["steps"][s], total["step_bytes"][s]) for s in stage.steps]
@@ -143,8 +136,13 @@ def look(stages: Sequence[Stage], tokenizer: Tokenizer | None, n_bytes: int) -> 
     entry["documents"] = first.total["documents"] | {"out": last.total["documents"].get("out", 0)}
     entry["bytes"] = first.total["bytes"] | {"out": out}
     entry |= {name: dict(counter.most_common()) for name, counter in counts.items()}
-    entry |= {"tokens": round(out * rate), "steps": steps, "outputs": last.stats["outputs"]}
+    entry |= {"tokens": round(out * rate), "steps": steps, "clusters": clusters}
+    entry |= {"inputs": first.inputs(), "outputs": last.stats["outputs"]}
     return entry, found
+
+
+def is_duplicate(reason: str) -> bool:
+    return "duplicate" in reason or reason == "contained"
 
 
 def _draw(entries: Mapping[str, Entry], perplexities: Sequence[Any]) -> dict[str, Picture]:
@@ -177,7 +175,9 @@ def _draw(entries: Mapping[str, Entry], perplexities: Sequence[Any]) -> dict[str
                 if inside := [p for p, bucket in own if bucket == end]:
                     figure.gca().axvline(max(inside), color=color, linestyle=dashes)
         figure.gca().set(xscale="log", xlabel="perplexity", ylabel="documents")
-        caption = "Of documents that are left. Dashed: where head ends; dotted: where middle ends."
+        figure.gca().xaxis.set_major_formatter("{x:g}")
+        figure.gca().xaxis.set_minor_formatter("{x:g}")
+        caption = "Of all that were graded. Dashed: where head ends; dotted: where middle ends."
         drawn["perplexity"] = figure, "Perplexity by language", caption
     pictures = {}
     for name, (figure, title, caption) in drawn.items():
@@ -225,11 +225,15 @@ def page(
             parts += [_soft(f"{what}: {_listed(counted)}")] * bool(counted)
     ended = ((n, e, reason) for n, e in entries.items() for reason in e["dropped"])
     rows = (
-        (name, reason, e["dropped"][reason], show_bytes(e["dropped_bytes"][reason]))
+        (
+            *(name, reason, e["dropped"][reason], show_bytes(e["dropped_bytes"][reason])),
+            *(e["clusters"].get(reason, {}).get(key, "–") for key in ("clusters", "largest")),
+        )
         for name, e, reason in ended
-        if "duplicate" in reason or reason == "contained"
+        if is_duplicate(reason)
     )
-    parts += _section("Duplicates", "source, found as, documents, text", rows)
+    header = "source, found as, documents, text, clusters, largest"
+    parts += _section("Duplicates", header, rows)
     header = "source, documents looked at, languages, licences"
     rows = (
         (name, e["read"].get("documents", 0), _listed(e["languages"]), _listed(e["licences"]))
@@ -249,7 +253,7 @@ def page(
         for file, known in list(e["inputs"].items())[:INPUTS]
     )
     parts += _section("Bill of materials", "source, input, bytes, sha256", rows)
-    note = f"The first {INPUTS} of each source, hashed where --input finds them; all of them, "
+    note = f"The first {INPUTS} of each source, as the run has read them; all of them, "
     note += f"options and outputs are in {BILL}. "
     return html.page("Corpus", *parts, _soft(note, f"Page by {_listed(bill['versions'])}."))
 

@@ -3,13 +3,15 @@
 A stage is a list of jobs, a function that does one of them, and a folder. The jobs of one or more
 stages go over an executor; what is done is journalled, what crashes is tried again, what is left is
 named. The bytes depend on the plan alone: not on the executor, the number of workers, nor on how
-often the run was killed and started again. Cleaning, global steps and tokenising all run here.
+often the run was killed and started again. What was read is hashed: a run does not go on with files
+that have been edited since. Cleaning, global steps and tokenising all run here.
 """
 
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from llama import cli
 from llama.cli import UserError
 from llama.corpus.executors import Executor
-from llama.corpus.journal import Journal, Record
+from llama.corpus.journal import Journal, Record, intact, stamp
 from llama.corpus.pool import At, Died
 
 
@@ -46,6 +48,10 @@ class Task(NamedTuple):
         return None if self.tried else self._replace(tried=True)
 
 
+def no_inputs(job: Any) -> Mapping[str, Path]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Stage:
     """Work to be done.
@@ -58,6 +64,7 @@ class Stage:
         work: Does a job and returns its record.
         watch: Is shown every record, and says whether to stop.
         more: Jobs to be done (again) once all are done, given their records.
+        inputs: Files of a job, by their names, that the header knows by their size only.
     """
 
     label: str
@@ -67,20 +74,55 @@ class Stage:
     work: Callable[[Any, At], Record]
     watch: Callable[[Record], bool] = lambda record: False
     more: Callable[[Mapping[str, Record]], Sequence[Job]] = lambda records: ()
+    inputs: Callable[[Any], Mapping[str, Path]] = no_inputs
 
     def todo(self, finished: Mapping[str, Record]) -> Sequence[Job]:
         return [job for job in self.jobs if job.name not in finished] or self.more(finished)
+
+    def check(self, finished: Mapping[str, Record]) -> None:
+        """Raise `UserError` if a job is done whose input is another by now."""
+        read = [(finished[job.name], self.inputs(job)) for job in self.jobs if job.name in finished]
+        check_inputs(self.folder, read)
+
+
+def check_inputs(folder: Path, read: Sequence[tuple[Record, Mapping[str, Path]]]) -> None:
+    """Raise `UserError` if files, by their names, are no longer those that a record tells of.
+
+    One that was only copied is read to see that, and is the same.
+    """
+    known = [
+        (p, r["inputs"][n])
+        for r, paths in read
+        for n, p in paths.items()
+        if n in r.get("inputs", {})
+    ]
+    with ThreadPoolExecutor() as threads:
+        same = threads.map(lambda given: intact(*given), known)
+        edited = [path for (path, _), ok in zip(known, same, strict=True) if not ok]
+    if edited:
+        raise UserError(
+            f"{folder} was begun with other bytes in {edited[0]} ({len(edited)} such files); "
+            "give another --output, or remove that folder to begin again"
+        )
 
 
 class _Works:
     """The work of every stage in one worker; a job comes with the folder of its stage."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self.works = {str(stage.folder): stage.work for stage in stages}
+        self.works = {str(stage.folder): (stage.work, stage.inputs) for stage in stages}
 
     def __call__(self, given: tuple[str, Job], at: At) -> Record:
         folder, job = given
-        return self.works[folder](job, at)
+        work, inputs = self.works[folder]
+        return work(job, at) | {"inputs": dict(_hashed(inputs(job)))}
+
+
+def _hashed(paths: Mapping[str, Path]) -> Iterator[tuple[str, Record]]:
+    for name, path in paths.items():
+        # a folder, or what could not be read either
+        with suppress(OSError):
+            yield name, stamp(path)
 
 
 def run(stages: Sequence[Stage], executor: Executor) -> list[list[Record]]:
@@ -92,8 +134,9 @@ def run(stages: Sequence[Stage], executor: Executor) -> list[list[Record]]:
         with ExitStack() as stack:
             journals = [stack.enter_context(Journal(s.folder, s.header)) for s in stages]
             executor.begin([stage.folder for stage in stages])
-            for journal in journals:
+            for stage, journal in zip(stages, journals, strict=True):
                 journal.collect()
+                stage.check(journal.finished)
             by_folder = {str(s.folder): (s, j) for s, j in zip(stages, journals, strict=True)}
             while jobs := deque(
                 (folder, job) for folder, (s, j) in by_folder.items() for job in s.todo(j.finished)

@@ -1,11 +1,11 @@
 """Global steps: what becomes of a document depends on all the others (duplicates, paper §2.1).
 
 In: folders of document shards. Out: as many folders, without what the step found. Four stages on
-the runner, none of which holds more than a shard or a partition in memory:
+the runner, of which only resolve holds more than a shard or a partition in memory:
 
     map      each shard: small records, by the hash in their key put into partitions
     reduce   each partition: records sorted by key, in the order of the input; finds
-    resolve  only where finds must be joined once more (clusters): all finds at once
+    resolve  only where finds must be joined once more (clusters): all finds, some at a time
     filter   each shard: documents with the decisions about them, then any further steps
 
 The partitions are files of a folder `.shuffle` that goes when the filter is done. The bytes depend
@@ -13,27 +13,29 @@ on the documents alone: not on the number of partitions or workers, nor on kills
 """
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama import files
 from llama.cli import UserError
-from llama.corpus import engine, runner
+from llama.corpus import engine, guard, runner
 from llama.corpus.document import Document, Item, Step
 from llama.corpus.executors import Executor
+from llama.corpus.groups import Rows, read_groups, sorted_by_key, write_groups
 from llama.corpus.journal import NAME as JOURNAL
 from llama.corpus.journal import Record, stamp
 from llama.corpus.plan import EXPANSION, Piece, Plan, Unit, header
-from llama.corpus.pool import At
+from llama.corpus.pool import At, Died, death
 from llama.corpus.runner import Stage, Task
+from llama.corpus.unit import BATCH_DOCUMENTS
 
-Rows = NDArray[Any]
 WORK, STAGES = ".shuffle", ".stages"
 # Text whose records go into one partition: half a GB of records for lines, much less for documents.
 PARTITION_BYTES = 1 << 30
@@ -45,8 +47,8 @@ class Global(Protocol):
     """A step over all documents: a dataclass whose fields are its options.
 
     Rows are structured arrays. `records` has a field "key" of well mixed uint64 (and may have more
-    that begin so, as in "key2") and "unit"; `decisions` has "unit" and "document", the place of a
-    document in its shard from 0. The unit, the number of the shard, is filled in after `map`.
+    that begin so, as in "key2"), and as `decisions` has "unit", the number of the shard, which is
+    filled in after `map`, and "document", the place of a document in its shard from 0.
     """
 
     @property
@@ -60,14 +62,14 @@ class Global(Protocol):
 
     def map(self, unit: int, documents: Iterator[Document]) -> tuple[Rows, Rows]:
         """Records of a shard, and decisions that it takes by itself; a key should occur once, or
-        a line that is everywhere fills a partition."""
+        a line that is everywhere fills a partition. Takes one document after the other."""
 
     def reduce(self, records: Rows) -> Rows:
         """Finds in a partition, sorted by key, equal ones in the order of the input."""
 
     @property
-    def resolve(self) -> Callable[[Rows], Rows] | None:
-        """Decisions from all finds; None where the finds are decisions already."""
+    def resolve(self) -> Callable[[Iterator[Rows]], Rows] | None:
+        """Decisions from the finds of each partition; None where these are decisions already."""
 
     def apply(self, document: Document, decisions: Rows) -> Item:
         """What becomes of a document about which there are decisions."""
@@ -87,36 +89,6 @@ def grouped(steps: Sequence[Any]) -> list[list[Any]]:
     return parts
 
 
-def write_groups(path: Path, rows: Rows, group: Rows, n: int) -> Record:
-    """Rows by their group, 0 <= group < n, behind an index; order within a group is kept."""
-    order = np.argsort(group, kind="stable")
-    index = np.searchsorted(group[order], np.arange(n + 1)).astype("<i8")
-    with files.atomic_file(path) as file:
-        file.write(index.tobytes())
-        file.write(rows[order].tobytes())
-    return stamp(path)
-
-
-def read_groups(path: Path, dtype: np.dtype[Any], n: int, group: int | None = None) -> Rows:
-    """Rows of one of the n groups, or all."""
-    first, last = (0, n) if group is None else (group, group + 1)
-    with open(path, "rb") as file:
-        file.seek(first * 8)
-        begin = int.from_bytes(file.read(8), "little")
-        file.seek(last * 8)
-        end = int.from_bytes(file.read(8), "little")
-        file.seek((n + 1) * 8 + begin * dtype.itemsize)
-        data = file.read((end - begin) * dtype.itemsize)
-    return np.frombuffer(data, dtype)
-
-
-def sorted_by_key(records: Rows) -> Rows:
-    """By all fields that are called key..., equal ones in their order."""
-    assert records.dtype.names
-    keys = [name for name in records.dtype.names if name.startswith("key")]
-    return records[np.lexsort([records[name] for name in reversed(keys)])]
-
-
 @dataclass(frozen=True)
 class Shuffle:
     """A global step over shards, which are numbered in the order of the inputs.
@@ -126,12 +98,14 @@ class Shuffle:
         shards: Paths of the input.
         partitions: Number of partitions.
         folder: Where the files between the stages go.
+        deadline_s: Longest time for one document.
     """
 
     step: Global
     shards: tuple[Path, ...]
     partitions: int
     folder: Path
+    deadline_s: float = engine.DEADLINE_S
 
     def stages(self, identity: Record) -> list[Stage]:
         """map, reduce and, if the step has it, resolve."""
@@ -154,8 +128,14 @@ class Shuffle:
         return Stage(label, self.folder / name, identity, tasks, work)
 
     def _map(self, task: Task, at: At) -> Record:
-        records, decisions = self.step.map(task.what, _documents(self.shards[task.what]))
-        records, decisions = records.copy(), decisions.copy()
+        # what has ended a worker is looked for in processes of their own
+        lost = self._guilty(task.what) if task.tried else {}
+        try:
+            records, decisions = self._rows(task.what, lost)
+        except Exception:
+            if lost or not (lost := self._guilty(task.what)):
+                raise
+            records, decisions = self._rows(task.what, lost)
         records["unit"] = decisions["unit"] = task.what
         partition = (records["key"] >> np.uint64(32)) * np.uint64(self.partitions)
         partition >>= np.uint64(32)
@@ -165,7 +145,41 @@ class Shuffle:
             f"{task.name}.decisions": (decisions, nothing, 1),
         }
         known = {name: write_groups(place / name, *rows) for name, rows in made.items()}
+        files.write_json(place / f"{task.name}.lost", lost)
+        known[f"{task.name}.lost"] = stamp(place / f"{task.name}.lost")
         return {"unit": task.name, "files": known}
+
+    def _rows(self, unit: int, lost: Mapping[int, Any]) -> tuple[Rows, Rows]:
+        """What the step makes of a shard without the lost documents; the alarm ends a hang."""
+        numbers: list[int] = []
+
+        def given() -> Iterator[Document]:
+            for number, document in enumerate(_documents(self.shards[unit])):
+                if number not in lost:
+                    numbers.append(number)
+                    signal.setitimer(signal.ITIMER_REAL, self.deadline_s)
+                    yield document
+
+        try:
+            found = [rows.copy() for rows in self.step.map(unit, given())]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for rows in found:
+            rows["document"] = np.array(numbers, "<u4")[rows["document"]]
+        return found[0], found[1]
+
+    def _guilty(self, unit: int) -> dict[int, tuple[str, str]]:
+        """Documents of a shard that the step cannot map even alone: number -> reason and error."""
+        found: dict[int, tuple[str, str]] = {}
+        documents, number = _documents(self.shards[unit]), 0
+        while batch := list(islice(documents, BATCH_DOCUMENTS)):
+            for answer in guard.each(partial(_map_alone, self.step), batch, self.deadline_s):
+                if isinstance(answer, Died):
+                    found[number] = "crash", f"the process {death(answer.code)}"
+                elif answer:
+                    found[number] = "exception", answer.error
+                number += 1
+        return found
 
     def _reduce(self, task: Task, at: At) -> Record:
         paths = (self.folder / f"map/{i:05}.records" for i in range(len(self.shards)))
@@ -177,8 +191,7 @@ class Shuffle:
     def _resolve(self, task: Task, at: At) -> Record:
         paths = (self.folder / f"reduce/{i:05}.finds" for i in range(self.partitions))
         assert self.step.resolve
-        found = self.step.resolve(np.concatenate([np.load(path) for path in paths]))
-        return self._decide("resolve", task.name, found)
+        return self._decide("resolve", task.name, self.step.resolve(map(np.load, paths)))
 
     def _decide(self, stage: str, name: str, rows: Rows) -> Record:
         """Write decisions by shard, or finds that are none yet as they are."""
@@ -203,12 +216,17 @@ class Shuffle:
         return np.sort(np.concatenate(found), order=list(dtype.names or ()))
 
 
+def _map_alone(step: Global, document: Document) -> None:
+    step.map(0, iter([document]))
+
+
 class Filter:
     """The step that applies decisions; `_read` has left the number of each document."""
 
     def __init__(self, shuffle: Shuffle) -> None:
         self.shuffle, self.__name__ = shuffle, shuffle.step.name
         self.unit, self.rows = -1, cast(Rows, np.empty(0))
+        self.lost: dict[str, tuple[str, str]] = {}
 
     def __call__(self, documents: Iterator[Document]) -> Iterator[Item]:
         for document in documents:
@@ -216,9 +234,13 @@ class Filter:
             unit, number = meta.pop(_NUMBER)
             if unit != self.unit:
                 self.unit, self.rows = unit, self.shuffle.decisions(unit)
+                self.lost = files.read_json(self.shuffle.folder / f"map/{unit:05}.lost")
             begin, end = np.searchsorted(self.rows["document"], [number, number + 1])
             document, rows = document._replace(meta=meta), self.rows[begin:end]
-            yield self.shuffle.step.apply(document, rows) if len(rows) else document
+            if lost := self.lost.get(str(number)):
+                yield document.dropped(*lost)
+            else:
+                yield self.shuffle.step.apply(document, rows) if len(rows) else document
 
 
 def _read_plainly(piece: Piece) -> Iterator[Item]:
@@ -309,7 +331,8 @@ def pipeline(
     folders = [output / STAGES / str(i) for i in range(len(parts) - 1)] + [output]
     summary = engine.run(plan, parts[0], folders[0], executor, max_quarantined)
     for (step, *then), before, after in zip(parts[1:], folders, folders[1:], strict=False):
-        [summary] = run(
+        [found] = run(
             step, [before], [after], executor, then, plan.options, max_quarantined=max_quarantined
         )
+        summary = replace(found, before=summary, left_out=summary.left_out)
     return summary

@@ -19,10 +19,10 @@ _SIP_BYTES, _CHUNK_BYTES = 1 << 15, 1 << 18
 _MAX_HEADER_BYTES = 1 << 16
 # The line that begins a record; in ARC it holds address, IP, date, type and length.
 _ARC_LINE = rb"([A-Za-z][\w+.-]*:[^\n]{0,8000}) [\d.:a-f]+ (\d{14}) ([^\n]{0,500}?) ?(\d+)\r?\n"
-_START = re.compile(rb"(?:WARC/\d\.\d+[ \t]*\r?\n|" + _ARC_LINE + rb")")
+_START = re.compile(rb"(?:WARC/\d\.\d+[ \t\r]{0,9}\n|" + _ARC_LINE + rb")")
 _NEXT = re.compile(rb"\n(?=" + _START.pattern + rb")")
 _MAX_ARC_LINE = 9000
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_BLANK_LINE = re.compile(rb"\n\r{0,2}\n")
 _NEWLINES, _TRAILER = re.compile(rb"[\r\n]*"), re.compile(rb"(?:\r?\n){1,2}\Z")
 # Damaged members are tried again one byte on; beyond this many times the file, where they stopped.
 _MAX_RETRIED = 4

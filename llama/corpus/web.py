@@ -9,12 +9,13 @@ import codecs
 import re
 import zlib
 
+import brotli  # type: ignore[import-untyped]
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
 from llama.corpus import raw, warc
 
 _STATUS = re.compile(rb"HTTP/\S+ +(\d{3})\b[^\n]*\r?\n")
-_HEADER_END = re.compile(rb"\r?\n\r?\n")
+_HEADER_END = re.compile(rb"\n\r{0,2}\n")
 _CHUNK_SIZE = re.compile(rb"(?:\r?\n)?([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\n]{0,200})?\r?\n")
 _HTML_TYPES = ("text/html", "application/xhtml+xml", "application/xhtml")
 _HTML = re.compile(rb"<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE)
@@ -76,6 +77,13 @@ def _decoded(data: bytes, coding: str, max_bytes: int) -> tuple[bytes, bool]:
     """The bytes without a coding, as far as they go; as they are where the header lies."""
     if coding in ("", "identity", "none", "utf-8"):
         return data, True
+    if coding == "br":
+        try:
+            unpacker = brotli.Decompressor()
+            found = unpacker.process(data, output_buffer_limit=max_bytes + 1)
+        except brotli.error:
+            return data, False
+        return found, unpacker.is_finished() or len(found) > max_bytes
     if coding not in ("gzip", "x-gzip", "deflate"):
         raise Refused("content_encoding")
     # zlib's or gzip's header, or with deflate often none

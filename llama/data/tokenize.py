@@ -29,7 +29,7 @@ from llama.corpus.journal import NAME as JOURNAL
 from llama.corpus.journal import Record, only_one, stamp
 from llama.corpus.plan import header
 from llama.corpus.pool import At
-from llama.corpus.runner import Stage, Task
+from llama.corpus.runner import Stage, Task, check_inputs
 from llama.data.indexed import SUFFIXES
 from llama.data.writer import (
     SPLITS,
@@ -48,6 +48,8 @@ from tokenizer.tokenizer import Tokenizer
 BYTES_PER_TOKEN = {".zst": 1.6, ".gz": 1.6, ".jsonl": 4.5}
 LISTED_PER_UNIT = 1000
 SKIPPED = "skipped.jsonl"
+# What the input of a finished source was.
+INPUTS = ".inputs.json"
 
 
 class Inputs(NamedTuple):
@@ -121,7 +123,11 @@ class Source:
         units = plan_units(self.documents, self.shard_tokens)
         inputs = {name: size for unit in units for name, size in unit.what.files}
         plan = header("tokenize", self.options, inputs)
-        return Stage("tokenize", self.tokens, plan, units, self, more=self.duplicates)
+        more, read = self.duplicates, self.inputs
+        return Stage("tokenize", self.tokens, plan, units, self, more=more, inputs=read)
+
+    def inputs(self, unit: Any) -> dict[str, Path]:
+        return {name: self.documents / name for name, _ in unit.what.files}
 
     def __call__(self, unit: Task, at: At) -> Record:
         """Make the shards of a unit; returns what the journal records of it."""
@@ -236,6 +242,8 @@ def finish(source: Source, plan: Record, records: Sequence[Record], limit: float
         shards = [r["shards"][split] for r in records if r["shards"][split] is not None]
         (folder / split).mkdir(exist_ok=True)
         write_manifest(folder, split, source.vocabulary, shards, extra)
+    read_from = {"inputs": {k: v for record in records for k, v in record["inputs"].items()}}
+    files.write_json(folder / INPUTS, read_from)
     (folder / JOURNAL).unlink()
 
 
@@ -247,6 +255,9 @@ def tokenize(sources: Sequence[Source], executor: Executor, limit: float) -> Non
         plan = source.options | {"inputs": stage.header["plan"]}
         if manifest.exists() and not (source.tokens / JOURNAL).exists():
             _refuse_other_plan(source.tokens, files.read_json(manifest).get("plan", {}), plan)
+            if (known := source.tokens / INPUTS).exists():
+                read = [source.inputs(unit) for unit in stage.jobs]
+                check_inputs(source.tokens, [(files.read_json(known), paths) for paths in read])
         else:
             stages.append((source, plan, stage))
     found = runner.run([stage for _, _, stage in stages], executor) if stages else []

@@ -1,10 +1,11 @@
 """Recipe `arxiv`: LaTeX sources of arXiv to the text of papers (paper §2.1).
 
 In: the bulk archive's arXiv_src_YYMM_NNN.tar and single .gz of a .tex or of a tar, as arXiv serves
-them. Nothing is unpacked to disk. Out: a document per paper, see steps/latex.py; its id is arXiv's.
+them. Nothing is unpacked to disk. Out: a document per paper, see steps/latex.py; its id is arXiv's,
+and of a paper that is there twice, as in a bulk archive and on its own, the first file's stays.
 
-Drop reasons: `pdf_only`, `no_tex`, `no_main_file`, `too_large`, `empty`, `short`. Quarantined:
-`damaged`. Noted: `decoded as ...`, `input missing`, `input in a circle`, `no section`,
+Drop reasons: `pdf_only`, `no_tex`, `no_main_file`, `too_large`, `empty`, `short`, `id_duplicate`.
+Quarantined: `damaged`. Noted: `decoded as ...`, `input missing`, `input in a circle`, `no section`,
 `macro limit`.
 """
 
@@ -18,13 +19,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from llama.cli import UserError
 from llama.config import Count
 from llama.corpus import raw
-from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
+from llama.corpus.document import Document, Dropped, Item, Noted, describe
 from llama.corpus.plan import Piece, Plan, find, group
 from llama.corpus.steps import latex, text
+from llama.corpus.steps.exact import Exact
 
 _TEX = (".tex", ".ltx", ".latex", ".sty", ".cls")
 _OLD_ID = re.compile(r"([a-z]+(?:-[a-z]+)?)(\d{7})$")
@@ -52,16 +54,14 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the archives below `inputs`."""
-    if not inputs:
-        raise UserError("recipe arxiv reads the archives below --input, which is not given")
     pieces, left_out = find(inputs, _format_of)
     units = group(pieces, options.unit_bytes)
     return Plan("arxiv", asdict(options), partial(read, options), units, tuple(left_out))
 
 
-def steps(options: Options) -> list[Step]:
-    """LaTeX is cleaned while reading; then the least length."""
-    return [partial(text.at_least, min_chars=options.min_chars)]
+def steps(options: Options) -> list[Any]:
+    """LaTeX is cleaned while reading; then the least length, and each paper once."""
+    return [partial(text.at_least, min_chars=options.min_chars), Exact(same="id")]
 
 
 def _format_of(name: str) -> str | None:

@@ -23,28 +23,29 @@ from llama.corpus.sources import plain
 from llama.corpus.steps import text
 from llama.corpus.steps.containment import Containment
 
-# Headers were at most 400 lines when the small print came first; footers are as long.
-_MARGIN_LINES = 600
+# Headers were at most 400 lines when the small print came first; footers are as long, and both are
+# twice as long where every line end has become two.
+_MARGIN_LINES = 1000
 _GUTENBERG = re.compile(
     r"pro[jy]e[ck]t[os]?\s+gutenberg|gutenberg[- ]projekt|projekti gutenberg", re.I
 )
 # The last line of a header, from 1991 on, and the first of a footer in the languages seen.
 _HEADER_ENDS = re.compile(
-    r"^\W*START OF (?:THE|THIS) PROJECT GUTENBERG|^\W*END[* ]+(?:OF )?(?:THE )?SMALL PRINT"
-    r"|^\W*START OF (?:THE )?(?:E-?TEXT|E-?BOOK)",
+    r"^\W*START OF (?:THE|THIS)(?: COPYRIGHTED)? PROJECT GUTENBERG"
+    r"|^\W*END[* ]+(?:OF )?(?:THE )?SMALL PRINT|^\W*START OF (?:THE )?(?:E-?TEXT|E-?BOOK)",
     re.IGNORECASE,
 )
 _FOOTER_BEGINS = re.compile(
     r"^\W*(?:END|ENDE|FIN|FINE|FIM|EINDE|SLUT|SLUTT|LOPPU|KONIEC|KONEC|VÉGE)\b.{0,60}"
     r"(?:PROJE[CK]T|PROYECTO|PROGETTO|PROJETO)\W+GUTENBERG|^\W*START:? FULL LICENSE"
     r"|^\W*START\W+THE SMALL PRINT|^\W*THIS FILE SHOULD BE NAMED .*\.(?:TXT|ZIP)"
-    r"|^\W*(?:END|ENDE|FIN) OF (?:THIS )?(?:PROJECT )?GUTENBERG",
+    r"|^\W*(?:END|ENDE|FIN) OF (?:THIS )?(?:PROJECT )?GUTENBERG|^\W*ENDE DIESES E-?TEXTES\b",
     re.IGNORECASE,
 )
 _CREDITS = re.compile(
     r"\W*(?:produced by|e-?text prepared by|prepared by|transcribed (?:from|by)|scanned (?:and|by)"
     r"|this e-?(?:text|book) was|html version by|note: project gutenberg|updated editions? will"
-    r"|distributed proof|proofreading team|online distributed|character set encoding)",
+    r"|distributed proof|online distributed|character set encoding)",
     re.IGNORECASE,
 )
 _FIELD = re.compile(
@@ -77,8 +78,6 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the books below `inputs`."""
-    if not inputs:
-        raise UserError("recipe books reads the books below --input, which is not given")
     if not 0 <= options.overlap <= 1:
         raise UserError(f"overlap is {options.overlap}, expected a share from 0 to 1")
     pieces, left_out = find(inputs, _format_of)
@@ -99,11 +98,8 @@ def _format_of(name: str) -> str | None:
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:
     """Books of one file."""
-    like_plain = plain.Options(
-        source=options.source,
-        encoding=options.encoding,
-        max_document_bytes=options.max_document_bytes,
-    )
+    like_plain = plain.Options(options.source, encoding=options.encoding)
+    like_plain.max_document_bytes = options.max_document_bytes
     return plain.read(like_plain, piece)
 
 
@@ -157,7 +153,11 @@ def _mostly_footer(lines: list[str], begin: int) -> bool:
 
 def _without_credits(book: str) -> str:
     """Who typed and scanned it, at the beginning: paragraphs of the volunteers, not of the book."""
-    while _CREDITS.match(book):
-        _, blank, book = book.partition("\n\n")
-        book = book.lstrip("\n")
+    # a limit, so that time stays linear
+    for _ in range(9):
+        first, _, rest = book.partition("\n\n")
+        is_team = len(first) < 400 and "proofreading team" in first.lower()
+        if not (is_team or _CREDITS.match(first)):
+            break
+        book = rest.lstrip("\n")
     return book

@@ -2,29 +2,33 @@
 
 In: .json and .jsonl files with one object a line [.gz | .zst], its `text`, and if there are `url`
 and `timestamp`, as C4 is distributed. Out: one document a line, its id the file's name and the
-line. With `rules` the text goes through steps/c4_rules.py. What C4 did besides: one copy of a line
-and one language, of a score of at least 0.99, are steps of the recipe commoncrawl; one page per
-address is not built.
+line. With `rules` the first page of each address stays, and its text goes through
+steps/c4_rules.py; documents of the recipe commoncrawl are read as well. What C4 did besides, one
+copy of a line and one language, of a score of at least 0.99, are steps of that recipe.
 
-Drop reasons: `empty`, `too_large`, with rules those of steps/c4_rules.py. Quarantined: as `plain`.
+Drop reasons: `empty`, `too_large`; with rules `url_duplicate`, `too_long` and those of
+steps/c4_rules.py. Quarantined: as `plain`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llama.cli import UserError
 from llama.config import Count
-from llama.corpus.document import Document, Item, Step
+from llama.corpus.document import Document, Item
 from llama.corpus.plan import Piece, Plan, find, group
 from llama.corpus.sources import plain
 from llama.corpus.steps import text
 from llama.corpus.steps.c4_rules import bad_word_pattern, c4_rules
+from llama.corpus.steps.exact import Exact
 
 # What a page's other fields may say; a dump of another pipeline holds many more.
 _META = ("url", "timestamp", "id", "language")
+# Longer pages were left out of C4.
+MAX_PAGE_CHARS = 190_000
 
 
 @dataclass
@@ -50,8 +54,6 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the JSON files below `inputs`."""
-    if not inputs:
-        raise UserError("recipe c4 reads the JSON files below --input, which is not given")
     if options.bad_words and options.rules == "none":
         raise UserError(f"bad_words is {options.bad_words!r}, but rules is none: it has no effect")
     if options.bad_words:
@@ -61,12 +63,20 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     return Plan("c4", asdict(options), partial(read, options), units, tuple(left_out))
 
 
-def steps(options: Options) -> list[Step]:
+def steps(options: Options) -> list[Any]:
     """Line ends, then the rules if there are any."""
-    chosen: list[Step] = []
+    chosen: list[Any] = []
     if options.rules != "none":
-        chosen = [partial(c4_rules, preset=options.rules, bad_words=options.bad_words)]
+        rules = partial(c4_rules, preset=options.rules, bad_words=options.bad_words)
+        chosen = [Exact(same="url"), short_enough, rules]
     return [text.unix_line_ends, *chosen, partial(text.at_least, min_chars=1)]
+
+
+def short_enough(documents: Iterator[Document]) -> Iterator[Item]:
+    """Pages that are no longer than those of C4."""
+    for document in documents:
+        too_long = len(document.text) > MAX_PAGE_CHARS
+        yield document.dropped("too_long") if too_long else document
 
 
 def _format_of(name: str) -> str | None:
@@ -85,5 +95,8 @@ def read(options: Options, piece: Piece) -> Iterator[Item]:
     )
     for item in plain.read(like_plain, piece):
         if isinstance(item, Document):
-            item = item._replace(meta={key: item.meta[key] for key in _META if key in item.meta})
+            # our own documents and others' keep the address one level deeper
+            inner = item.meta.get("meta") or item.meta.get("metadata")
+            known = {**(inner if isinstance(inner, dict) else {}), **item.meta}
+            item = item._replace(meta={key: known[key] for key in _META if key in known})
         yield item

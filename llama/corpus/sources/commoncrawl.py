@@ -8,13 +8,15 @@ how sure that is. The presets, as `steps` reads:
                 repeated line goes
     improved    main content of the HTML; of a line that is repeated anywhere one copy stays
 
+With `models` pages are graded at the end as the recipe quality does it.
+
 Drop reasons: `too_large`, `http`, `http_status`, `not_html`, `binary`, `content_encoding`, those of
-steps/html.py, `empty`, `short`, those of steps/lines.py and steps/language.py. Quarantined:
-`damaged`. Records of other types are noted, and how a page's character set was found.
+steps/html.py, `empty`, `short`, those of steps/lines.py, steps/language.py and quality.py.
+Quarantined: `damaged`. Records of other types are noted, and how a page's character set was found.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -25,8 +27,10 @@ from llama.config import Count
 from llama.corpus import raw, warc
 from llama.corpus.document import Document, Dropped, Item, Noted
 from llama.corpus.plan import LeftOut, Piece, Plan, find, group
+from llama.corpus.sources import quality
 from llama.corpus.steps import language, text
 from llama.corpus.steps.lines import Lines
+from llama.corpus.steps.references import THRESHOLD
 
 _SUFFIXES = {".warc": "warc", ".arc": "warc", ".wet": "wet"}
 _READS = {"llama1": "wet", "improved": "warc"}
@@ -42,8 +46,12 @@ class Options:
         preset: llama1 or improved, see above.
         languages: Codes of those that stay; an empty list keeps all.
         min_language_score: Documents whose language is less sure are dropped.
-        language_model: Path of a fastText model, such as lid.176.bin; empty for py3langid.
+        language_model: Path of a language.npz of train_models or of a fastText model, such as
+            lid.176.bin; empty for py3langid.
         group_shards: Shards among which llama1 looks for repeated lines.
+        models: Folder of models that grade pages; empty for none.
+        buckets: With models: those that stay; an empty list keeps all.
+        min_reference_score: With models: pages with less are dropped; 0 does without.
         min_chars: Shorter pages are dropped.
         html_deadline_s: Seconds of the processor that extracting a page may take.
         max_page_bytes: Larger pages are dropped, and never held in memory.
@@ -56,6 +64,9 @@ class Options:
     min_language_score: float = 0.5
     language_model: str = ""
     group_shards: int = 50
+    models: str = ""
+    buckets: list[str] = field(default_factory=lambda: ["head", "middle", "all"])
+    min_reference_score: float = THRESHOLD
     min_chars: int = 300
     html_deadline_s: float = 5.0
     max_page_bytes: Count = Count(16_000_000)
@@ -64,8 +75,6 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the archives that the preset reads."""
-    if not inputs:
-        raise UserError("recipe commoncrawl reads the archives below --input, which is not given")
     if options.group_shards < 1:
         raise UserError(f"group_shards is {options.group_shards}, expected 1 or more")
     if options.html_deadline_s <= 0:
@@ -73,6 +82,8 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     if options.preset == "improved" and not find_spec("resiliparse"):
         raise UserError("reading WARC needs resiliparse: pip install 'llama-pretraining[corpus]'")
     language.check(options.languages, options.min_language_score, options.language_model)
+    if options.models:
+        quality.check(options, options.languages)
     pieces, left_out = find(inputs, _format_of)
     wanted = _READS[options.preset]
     kept = [piece for piece in pieces if piece.format == wanted]
@@ -82,7 +93,8 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
         if p.format != wanted
     ]
     units = group(kept, options.unit_bytes)
-    return Plan("commoncrawl", asdict(options), partial(read, options), units, tuple(left_out))
+    known = quality.identity(options)
+    return Plan("commoncrawl", known, partial(read, options), units, tuple(left_out))
 
 
 def _format_of(name: str) -> str | None:
@@ -91,7 +103,7 @@ def _format_of(name: str) -> str | None:
 
 
 def steps(options: Options) -> list[Any]:
-    """CCNet's: length, repeated lines, language."""
+    """CCNet's: length, repeated lines, language, and by models perplexity and references."""
     enough = partial(text.at_least, min_chars=options.min_chars)
     in_language = partial(
         language.identify,
@@ -99,16 +111,17 @@ def steps(options: Options) -> list[Any]:
         min_score=options.min_language_score,
         model=options.language_model,
     )
+    last = [in_language, *(quality.steps(options) if options.models else ())]
     if options.preset == "llama1":
         lines = Lines(copies="none", group_shards=options.group_shards)
-        return [text.unix_line_ends, enough, lines, in_language]
+        return [text.unix_line_ends, enough, lines, *last]
     # imported here: an extra that only WARC needs
     from llama.corpus.steps import html
 
     main_content = partial(
         html.main_content, deadline_s=options.html_deadline_s, memory_bytes=_HTML_MEMORY_BYTES
     )
-    return [main_content, text.unix_line_ends, enough, Lines(copies="first"), enough, in_language]
+    return [main_content, text.unix_line_ends, enough, Lines(copies="first"), enough, *last]
 
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:

@@ -1,9 +1,10 @@
 """Recipe `github`: source trees and archives to files of code under free licences (paper §2.1).
 
-In: a folder or an archive (.tar.gz, .tgz, .zip) per repository; folders that hold nothing but such
-are gone through. Nothing is unpacked to disk. An archive is read twice: for the licences of its
-folders (sources/licences.py; a folder that says nothing is under that of the one above), then for
-its files. Out: a document per file, cleaned by steps/code.py; its id is repository/path.
+In: a folder or an archive (.zip, .tar, packed as gzip, bzip2, xz or Zstandard) per repository;
+folders that hold nothing but such are gone through. Nothing is unpacked to disk. An archive is
+read twice: for the licences of its folders (sources/licences.py; a folder that says nothing is
+under that of the one above), then for its files. Out: a document per file, cleaned by
+steps/code.py; its id is repository/path.
 
 Drop reasons: `special_file` (links, pipes), `lock_file`, `vendored`, `minified`, `suffix`,
 `licence_file`, `too_large`, `no_licence`, `licence NAME`, `repeated`, `binary`, those of
@@ -11,7 +12,9 @@ steps/code.py.
 Quarantined: `unreadable`, `damaged`. Noted: `decoded as ...`.
 """
 
+import bz2
 import gzip
+import lzma
 import os
 import posixpath
 import re
@@ -26,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import zstandard
+
 from llama.cli import UserError
 from llama.config import Count
 from llama.corpus import raw
@@ -35,7 +40,10 @@ from llama.corpus.sources import licences
 from llama.corpus.sources.licences import Evidence
 from llama.corpus.steps import code, text
 
-_ARCHIVE = re.compile(r"(.+?)\.(?:(tar\.gz|tgz)|zip)", re.IGNORECASE | re.DOTALL)
+_ARCHIVE = re.compile(r"(.+?)\.(?:(tar(?:\.\w+)?|t[gbx]z2?|crate)|zip)", re.IGNORECASE | re.DOTALL)
+# By the first two bytes, whatever the name says.
+_OPEN: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_OPEN[b"(\xb5"] = zstandard.open
 _BY_PATH = re.compile(
     r"(?:.*/)?(?:(?P<lock_file>[^/]*[-.]lock(?:\.[^/]*)?|go\.sum|npm-shrinkwrap\.json)"
     r"|(?P<vendored>(?:node_modules|bower_components|_?vendor(?:ed|s)?|third[-_]?party"
@@ -142,7 +150,9 @@ class _Bounded:
 
 def _tar(path: str) -> Iterator[Member]:
     limit = raw.expansion_limit(os.path.getsize(path))
-    with gzip.open(path) as file:
+    with open(path, "rb") as file:
+        opened = _OPEN.get(file.read(2), open)
+    with opened(path, "rb") as file:
         stream: Any = _Bounded(file, limit)
         tar = tarfile.open(fileobj=stream, mode="r|")
         for info in tar:

@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Collection
 from email.parser import HeaderParser
+from functools import lru_cache, reduce
 from typing import Any, NamedTuple
 
 import orjson
@@ -18,6 +19,7 @@ _FILE = re.compile(
     r"(?:(?:mit|apache|bsd)[-_.])?(?:(?:un)?licen[sc]es?|copying|copyright)(?:[-_.][\w.+-]+)?",
     re.IGNORECASE,
 )
+_REUSE = re.compile(r"(?:^|/)LICENSES/[^/]+\.txt$")
 # Of these it matters when nobody knows their text.
 _MAIN_FILE = re.compile(r"(?i:licen[sc]e|copying)(?i:\.txt)?|L(?:ICEN[SC]E|icense)\.(?:md|rst)")
 _NAMES = {
@@ -40,12 +42,23 @@ _BSD = (
     "redistributions of source code must retain the",
     "redistributions in binary form must reproduce the",
 )
-_APACHE = r"apache license version 2 0 jan|under (?:the )?apache licen[sc]e(?: version)? 2 0"
+_APACHE = r"apache license version 2 0 jan|under (?:the )?apache (?:licen[sc]e )?(?:version |v)?2 0"
+# What tells four clauses from three: thanks must be printed somewhere, or names are forbidden.
+_ADVERTS = (
+    r"advertising materials mentioning|must (?:include|display) the following acknowledg"
+    r"|products derived from this software may not be called"
+)
 _GPL = {"affero": "AGPL", "lesser": "LGPL", "library": "LGPL", "": "GPL"}
 _OTHERS = {
     "MPL": r"mozilla public licen",
-    "restricted": r"commons clause|\bnon ?commercial\b|for good not evil|elastic licen"
-    r"|business source licen|server side public licen",
+    "other": r"\b(?:eclipse|common|european union|ibm|sun|netscape|reciprocal|q) public licen"
+    r"|(?:apple public source|common development and distribution|open software|artistic) licen"
+    r"|microsoft (?:reciprocal|public) licen|\bcecill\b|same terms as perl"
+    r"|obtain complete source code",
+    "restricted": r"commons clause|(?<!commercial or )(?<!commercial and )\bnon ?commercial\b"
+    r"|(?:elastic|business source|server side public|hippocratic) licen|\bpolyform\b"
+    r"|for good not evil|use based restrictions"
+    r"|(?:academic|research|evaluation)(?: use| purposes)? only",
     "proprietary": r"unauthorized copying|proprietary and confidential|end user licen[sc]e"
     r"|confidential and proprietary",
 }
@@ -74,6 +87,7 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower().replace("©", " c ")))
 
 
+@lru_cache(16)
 def read_text(text: str) -> Evidence:
     """SPDX-License-Identifiers, and the licences that a text contains or mentions."""
     plain = words(text)
@@ -88,7 +102,7 @@ def read_text(text: str) -> Evidence:
         found.add("MIT")
     if all(part in plain for part in _BSD):
         clauses = 3 if "endorse or promote products" in plain else 2
-        found.add(f"BSD-{4 if 'advertising materials mentioning' in plain else clauses}-Clause")
+        found.add(f"BSD-{4 if re.search(_ADVERTS, plain) else clauses}-Clause")
     if re.search(_APACHE, plain):
         found.add("Apache-2.0")
     declared = " AND ".join(f"({spdx.strip(' -')})" for spdx in _SPDX.findall(text))
@@ -136,8 +150,8 @@ def expression(value: Any) -> str:
 
 
 def is_text(path: str) -> bool:
-    """True for a file that holds the licence of its folder."""
-    return bool(_FILE.fullmatch(posixpath.basename(path)))
+    """True for a file that holds the licence of its folder, or one of those in LICENSES."""
+    return bool(_FILE.fullmatch(posixpath.basename(path)) or _REUSE.search(path))
 
 
 def evidence(path: str, text: str) -> tuple[str, Evidence]:
@@ -152,6 +166,7 @@ def evidence(path: str, text: str) -> tuple[str, Evidence]:
             return folder, Evidence(expression(reader(text)))
         except (ValueError, TypeError, AttributeError, RecursionError):
             return folder, Evidence()
+    folder = posixpath.dirname(folder) if _REUSE.search(path) else folder
     found = read_text(text)
     unknown = found == Evidence() and _MAIN_FILE.fullmatch(name)
     return folder, Evidence(texts=frozenset({"unknown"})) if unknown else found
@@ -164,13 +179,24 @@ def _python(text: str) -> str:
     return said or " AND ".join(filter(None, (expression(c.split(":: ")[-1]) for c in classes)))
 
 
+def _json(text: str) -> Any:
+    found = orjson.loads(text)
+    return found.get("license") or found.get("licenses")
+
+
+def _toml(text: str, *path: str) -> str:
+    """The licence in a table of the file; nothing where it only says where to look."""
+    table = reduce(lambda found, name: found.get(name, {}), path, tomllib.loads(text))
+    return expression(table.get("license"))
+
+
 METADATA = {
-    "package.json": lambda text: (
-        (said := orjson.loads(text)).get("license") or said.get("licenses")
-    ),
+    "package.json": _json,
+    "composer.json": _json,
     "PKG-INFO": _python,
-    "pyproject.toml": lambda text: tomllib.loads(text).get("project", {}).get("license"),
-    "Cargo.toml": lambda text: tomllib.loads(text).get("package", {}).get("license"),
+    "DESCRIPTION": lambda text: HeaderParser().parsestr(text)["License"].partition(" + file")[0],
+    "pyproject.toml": lambda text: _toml(text, "project") or _toml(text, "tool", "poetry"),
+    "Cargo.toml": lambda text: _toml(text, "package") or _toml(text, "workspace", "package"),
 }
 
 
@@ -187,9 +213,10 @@ def judge(found: Collection[Evidence], allowed: Collection[str]) -> tuple[str, s
     refused = texts - set(allowed)
     if declared or texts & set(allowed):
         refused -= {*HARMLESS, "unknown"} if declared else set(HARMLESS)
-    refused = {name for name in refused if not any(_label(id) == _label(name) for id in ids)}
+    others = {id for id in ids - set(allowed) if id.upper() not in ("AND", "OR", "WITH")}
+    refused = {name for name in refused if _label(name) not in map(_label, others)}
     if not all(satisfied(each, allowed) for each in declared):
-        refused |= ids - {*allowed, "AND", "OR", "WITH"} or {"other"}
+        refused |= others or {"other"}
     licence = " AND ".join(declared or sorted(texts))
     return licence, f"licence {_label(min(refused))}" if refused else ""
 

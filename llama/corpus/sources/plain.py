@@ -26,22 +26,11 @@ from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
 from llama.corpus.plan import Piece, Plan, find, group
 from llama.corpus.sources import stackexchange
-from llama.corpus.steps import text
+from llama.corpus.steps import code, text
 
-_CODE = """ada asm awk bash bat c cc clj cljs cmake coffee cpp cs css cu cxx d dart el elm erl ex
-exs f f03 f90 f95 fs go gradle groovy h hh hpp hrl hs html htm hxx java jl js jsx kt kts lean less
-lisp lua m4 mjs ml mli nim pas php pl pm proto ps1 py pyi pyx r rake rb rkt rs s scala scm scss sh
-sql sv swift tcl tex toml ts tsx v vhd vim vue yaml yml zig zsh"""
-_KINDS = {
-    **dict.fromkeys((f".{suffix}" for suffix in _CODE.split()), "code"),
-    **{".txt": "txt", ".text": "txt", ".md": "md", ".markdown": "md", ".rst": "rst"},
-    **{".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"},
-    **{".parquet": "parquet", ".zip": "zip"},
-}
-_KINDS_BY_NAME = {
-    "Posts.xml": "posts",
-    **dict.fromkeys(("Makefile", "Dockerfile", "CMakeLists.txt"), "code"),
-}
+_KINDS: dict[str, str | None] = {".txt": "txt", ".text": "txt", ".md": "md", ".rst": "rst"}
+_KINDS |= {".markdown": "md", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+_KINDS |= {".parquet": "parquet", ".zip": "zip", ".xml": None}
 _WHOLE_FILES = ("code", "txt", "md", "rst")
 _PARQUET_ROWS = 256
 
@@ -69,8 +58,6 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the files below `inputs`."""
-    if not inputs:
-        raise UserError("recipe plain reads the files below --input, which is not given")
     if options.encoding != "auto":
         try:
             "".encode(options.encoding)
@@ -93,19 +80,15 @@ def format_of(name: str) -> str | None:
     path = PurePosixPath(name)
     packing = path.suffix if path.suffix in raw.COMPRESSED else ""
     path = path.with_suffix("") if packing else path
-    kind = _KINDS_BY_NAME.get(path.name) or _KINDS.get(path.suffix.lower())
+    kind = _KINDS.get(path.suffix.lower(), "code" if code.language(path.name) else None)
+    kind = "posts" if path.name == "Posts.xml" else kind
     return None if packing and kind in ("parquet", "zip") else kind and kind + packing
 
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:
     """Documents of one piece of input."""
-    readers = {
-        "jsonl": _json_lines,
-        "json": _json_lines,
-        "posts": _posts,
-        "parquet": _parquet,
-        "zip": _zip,
-    }
+    readers = {"jsonl": _json_lines, "json": _json_lines, "posts": _posts}
+    readers |= {"parquet": _parquet, "zip": _zip}
     yield from readers.get(piece.format.partition(".")[0], _file)(options, piece)
 
 

@@ -59,8 +59,6 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """A unit per site, the largest sites."""
-    if not inputs:
-        raise UserError("recipe stackexchange reads the dumps below --input, which is not given")
     if options.sites < 0:
         raise UserError(f"sites is {options.sites}, expected 0 for all or a number of sites")
     pieces, left_out = find(inputs, _format_of)
@@ -69,12 +67,8 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     largest = sorted(pieces, key=lambda piece: (-_xml_bytes(piece), piece.name))
     kept = set(largest[: options.sites or None])
     left_out += [LeftOut(p.name, "smaller site", p.size) for p in largest if p not in kept]
-    units = [
-        Unit(f"{i:05}.jsonl.zst", (p,)) for i, p in enumerate(sorted(kept, key=lambda p: p.name))
-    ]
-    return Plan(
-        "stackexchange", asdict(options), partial(read, options), tuple(units), tuple(left_out)
-    )
+    units = tuple(Unit(f"{i:05}.jsonl.zst", (p,)) for i, p in enumerate(sorted(kept)))
+    return Plan("stackexchange", asdict(options), partial(read, options), units, tuple(left_out))
 
 
 def steps(options: Options) -> list[Step]:
@@ -95,7 +89,7 @@ def _format_of(name: str) -> str | None:
 def site_of(piece: Piece) -> str:
     """As in coffee.stackexchange.com: the archive's name, or the folder's that holds Posts.xml."""
     path = Path(piece.path).resolve()
-    return path.stem.removesuffix("-Posts") if piece.format == "7z" else path.parent.name
+    return (path.stem if piece.format == "7z" else path.parent.name).removesuffix("-Posts")
 
 
 def _xml_bytes(piece: Piece) -> int:

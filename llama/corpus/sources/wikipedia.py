@@ -3,10 +3,10 @@
 In: pages-articles .xml [.bz2 | .gz | .zst] of the `languages`. Out: a document per article, its
 title and its text, in `meta` its title, language, address and the external addresses it refers to
 (the positives of the reference classifier). Multistream dumps are cut into units, other files are
-a unit each.
+a unit each; of an article that is in several dumps the first one's stays.
 
-Drop reasons: `redirect`, `namespace` (talk, templates, ...), `empty`, `short`. Quarantined: `xml`
-(a page cut off), `damaged` (the rest of a stream).
+Drop reasons: `redirect`, `namespace` (talk, templates, ...), `empty`, `short`, `id_duplicate`.
+Quarantined: `xml` (a page cut off), `damaged` (the rest of a stream).
 """
 
 import bz2
@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 from llama.cli import UserError
 from llama.config import Count
 from llama.corpus import raw
-from llama.corpus.document import Document, Dropped, Item, Noted, Step
+from llama.corpus.document import Document, Dropped, Item, Noted
 from llama.corpus.plan import LeftOut, Piece, Plan, find, group
 from llama.corpus.steps import text, wikitext
+from llama.corpus.steps.exact import Exact
 
 LANGUAGES = "bg ca cs da de en es fr hr hu it nl pl pt ro ru sl sr sv uk".split()
 _NAME = re.compile(r"\.xml(-p\d+p\d+[\w-]*)?(\.bz2|\.gz|\.zst)?$")
@@ -61,8 +62,6 @@ class Site(NamedTuple):
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Dumps of the languages, each read as far as its head."""
-    if not inputs:
-        raise UserError("recipe wikipedia reads the dumps below --input, which is not given")
     if not options.languages:
         raise UserError("languages is empty, expected codes such as en")
     pieces, left_out = find(inputs, _format_of)
@@ -77,15 +76,14 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     return Plan("wikipedia", asdict(options), partial(read, options), units, tuple(left_out))
 
 
-def steps(options: Options) -> list[Step]:
-    """Wikitext becomes text while reading; then the least length."""
-    return [partial(text.at_least, min_chars=options.min_chars)]
+def steps(options: Options) -> list[Any]:
+    """Wikitext becomes text while reading; then the least length, and each article once."""
+    return [partial(text.at_least, min_chars=options.min_chars), Exact(same="id")]
 
 
 def _format_of(name: str) -> str | None:
-    if match := _NAME.search(name):
-        return "xml" + (match[2] or "")
-    return None
+    match = _NAME.search(name)
+    return "xml" + (match[2] or "") if match else None
 
 
 def _cut(piece: Piece, unit_bytes: int) -> list[Piece]:
@@ -93,9 +91,7 @@ def _cut(piece: Piece, unit_bytes: int) -> list[Piece]:
     if "multistream" not in piece.name or piece.format != "xml.bz2":
         return [piece]
     starts = range(0, piece.size, unit_bytes)
-    return [
-        piece._replace(begin=start, size=min(unit_bytes, piece.size - start)) for start in starts
-    ]
+    return [piece._replace(begin=i, size=min(unit_bytes, piece.size - i)) for i in starts]
 
 
 def _chunks(path: str, format: str, begin: int = 0, size: int | None = None) -> Iterator[bytes]:
@@ -143,7 +139,7 @@ def _site(path: str, name: str) -> Site:
         # told when the pages are read
         pass
     content = head.partition(b"</siteinfo>")[0].decode("utf-8", "replace")
-    spaces = dict(re.findall(r'<namespace key="(-?\d+)"[^>]*>([^<]*)<', content))
+    spaces = dict(re.findall(r'<namespace key="(-?\d+)"[^>]*>([^<]*)</', content))
     # an export of another wiki's pages may carry the head of the one that made it
     named = re.match(r"([a-z_]+?)wiki\b", Path(path).name)
     wiki = named or re.search(r"<dbname>(\w+?)wiki<", content)
@@ -205,8 +201,8 @@ def pages(chunks: Iterator[bytes]) -> Iterator[str | Dropped]:
 
 def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Item]:
     """One page as a document, or why it is none."""
-    head, _, rest = page.partition("<text")
-    values = dict(re.findall(r"<(title|ns|id)>([^<]*)</", head.partition("<revision>")[0]))
+    head = page.partition("<revision>")[0]
+    values = dict(re.findall(r"<(title|ns|id)>([^<]*)</", head))
     id, title = values.get("id", ""), html.unescape(values.get("title", ""))
     size = len(page)
     place = f"{site.language}wiki:{id}"
@@ -217,7 +213,9 @@ def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Ite
     elif "<redirect" in head:
         yield Dropped(place, "redirect", size)
     else:
-        source = html.unescape(rest.partition(">")[2].rpartition("</text>")[0])
+        # the last one, where a dump holds the history
+        content = page.rpartition("<revision>")[2].partition("<text")[2].partition(">")[2]
+        source = html.unescape(content.partition("</text>")[0])
         if re.match(r"\s*#[^\W\d]+\s*:?\s*\[\[", source):
             yield Dropped(place, "redirect", size)
             return

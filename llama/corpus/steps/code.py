@@ -10,6 +10,7 @@ Drop reasons: `generated`, `file_licence NAME` (a header names a licence that is
 import re
 import string
 from collections.abc import Collection, Iterator
+from functools import lru_cache
 from itertools import groupby
 
 from llama.corpus.document import Document, Item, Noted
@@ -17,11 +18,13 @@ from llama.corpus.sources.licences import judge, read_text, words
 
 # What begins a comment line and what opens~closes a block: languages with their suffixes or names.
 _TABLE = {
+    "# ;": "INI ini cfg",
+    "// /*~*/ ;": "Assembly asm s",
     "// /*~*/": "C c h; C++ cc cpp cxx c++ hh hpp hxx h++; C# cs; CSS css less scss; CUDA cu cuh; "
     "D d; Dart dart; Go go; Groovy groovy gradle; Java java; JavaScript js jsx mjs cjs; Zig zig; "
     "Kotlin kt kts; Objective-C m mm; PHP php php3 php4 php5 phps phpt; Protobuf proto; Rust rs; "
     "Scala scala; Solidity sol; Swift swift; Thrift thrift; TypeScript ts tsx mts; GLSL glsl; "
-    "Verilog v sv vh; Yacc y; Lex l; Smali smali; Assembly asm s",
+    "Verilog v sv vh; Yacc y; Lex l; Smali smali",
     "# dnl '''~''' \"\"\"~\"\"\" =begin~=end =pod~=cut <#~#>": "Python py pyi pyx pxd; Ruby rb; "
     "Perl pl pm pod perl; PowerShell ps1 psd1 psm1; Julia jl; CMake cmake cmakelists.txt; R r; "
     "Shell sh bash zsh command; Make makefile mk; Docker dockerfile; YAML yaml yml; TOML toml; "
@@ -29,7 +32,7 @@ _TABLE = {
     "Nix nix; Starlark bzl bazel; Terraform tf; GDScript gd; M4 m4 ac",
     "-- {-~-} /*~*/ --[[~]]": "SQL sql; Haskell hs; Elm elm; PureScript purs; Lua lua; Agda agda; "
     "Ada adb ads; VHDL vhd vhdl; Idris idr; Lean lean",
-    ";": "Lisp lisp el cl; Clojure clj cljs cljc; Scheme scm ss; Racket rkt; INI ini cfg",
+    ";": "Lisp lisp el cl; Clojure clj cljs cljc; Scheme scm ss; Racket rkt",
     "%": "TeX tex; Erlang erl hrl",
     "!": "Fortran f for f77 f90 f95 f03 f08 fpp",
     "// (*~*) {~}": "OCaml ml mli; F# fs fsx fsi; Coq coq; Pascal pas",
@@ -56,19 +59,29 @@ _GENERATED = re.compile(
 _MAYBE_NOTICE = re.compile(r"copyright|licen[sc]e|©|spdx|redistribut|public domain", re.IGNORECASE)
 # Over words without punctuation: what only a notice says, and what may stand between two such.
 _NOTICE = re.compile(
-    r"\bcopyright (?:c |by |the |holder|notice|\d{4})|^copyright .{1,80}$|\bc \d{4}\b|\bspdx "
+    r"\bcopyright (?:c |by |holder|\d{4}|and licen)|^copyright (?!notice).{1,80}$|\bc \d{4}\b"
     r"|all rights reserved|licen[sc]ed (?:under|to)\b|redistribution and use|permission is hereby"
-    r"|permission to use|general public licen|apache licen|mozilla public licen|provided as is"
+    r"|(?:distributed under|subject to) the .{0,40}licen"
+    r"|permission to use|(?:general|mozilla) public licen|apache licen|provided as is|\bspdx "
     r"|in the public domain|(?:mit|bsd|isc)(?: style)? licen|under the terms of|express or implied"
     r"|limitations under the licen|see (?:the )?(?:file )?(?:licen[sc]e|copying)\b"
+    r"|\blicen[sc]e (?:new |modified )?(?:mit|bsd|apache)\b|^this file is part of .{1,80}$"
 )
 _TERMS = re.compile(r"http|licen[sc]|condition|distribut|warrant|liab|notice|permi|neither|free")
+# A line that says all; what stands beside such is no part of a notice.
+_ONE_LINE = re.compile(
+    r"(?:copyright|c \d{4}|spdx|all rights|(?:mit|bsd|apache) licen"
+    r"|licen[sc]e (?:new |modified )?(?:mit|bsd|apache))"
+    r"(?!.*(?:distribut|free|permi|condition|under|terms)).{0,100}$"
+)
 _MODE_LINE = re.compile(r"coding[:=]|-\*-|\bvim?:|#!")
 _FRONT = re.compile(
-    r"(?:#!.*\n|<\?php\b|<\?xml.*\?>|<!doctype[^>]*>|@charset.*\n|#.*coding[:=].*\n|\s+)*", re.I
+    r"(?:#!.*\n|<\?php\b|<\?xml.*\?>|<!doctype[^>]*>|@(?:charset|echo off).*\n|#.*coding[:=].*\n"
+    r"|declare\(.*?\);|['\"]use strict['\"];|#pragma once\b|#ifndef \w+\n#define \w+\n|\s+)*",
+    re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W_]")
-_MAX_COMMENTS, _MAX_COMMENT_CHARS = 3, 1 << 16
+_MAX_COMMENTS, _MAX_COMMENT_CHARS = 8, 1 << 16
 _ALPHANUMERIC = (string.ascii_letters + string.digits).encode()
 _ASCII_RUN = re.compile(r"[\x00-\x7f]+")
 
@@ -116,8 +129,7 @@ def without_header(text: str, language: str) -> tuple[str, str]:
         comment, kept = text[at:end], text[at:end]
         if _MAYBE_NOTICE.search(comment):
             # a run of lines is handled as a block between two line ends
-            inner = comment[len(opener) : -len(closer)] if closer else "\n" + comment
-            lines, cut = _cut(inner.split("\n"))
+            lines, cut = _cut(comment[len(opener) : -len(closer)] if closer else "\n" + comment)
             kept = (opener + "\n".join(lines) + closer)[not closer :] if lines else ""
             if cut:
                 notices += cut + "\n"
@@ -144,19 +156,40 @@ def _comment(text: str, at: int, marks: list[list[str]]) -> tuple[int, str, str]
     return end, "", ""
 
 
-def _cut(lines: list[str]) -> tuple[list[str], str]:
+# The files of a repository begin alike.
+@lru_cache
+def _cut(comment: str) -> tuple[list[str], str]:
     """(lines of a comment without the paragraphs that are notices, these); a frame stays."""
+    lines = comment.split("\n")
     paragraphs = [list(group) for _, group in groupby(lines, lambda x: bool(_WORD.search(x)))]
-    plain = [words("\n".join(paragraph)) for paragraph in paragraphs]
+    plain = [_plain("\n".join(paragraph)) for paragraph in paragraphs]
     said = [i for i, each in enumerate(plain) if _NOTICE.search(each)]
     kept: list[str] = []
     cut: list[str] = []
     for i, paragraph in enumerate(paragraphs):
         between = bool(said) and said[0] <= i <= said[-1]
         goes = between and (i in said or not plain[i] or _TERMS.search(plain[i]))
+        stays = _beside(paragraph) if goes and i in said else []
         for line in paragraph:
-            (cut if goes and not _MODE_LINE.search(line) else kept).append(line)
+            is_cut = goes and line not in stays and not _MODE_LINE.search(line)
+            (cut if is_cut else kept).append(line)
     return (kept if any(map(_WORD.search, kept)) else []), "\n".join(cut)
+
+
+def _plain(text: str) -> str:
+    return words(text.lower().replace("(c)", "copyright by "))
+
+
+def _beside(paragraph: list[str]) -> list[str]:
+    """Lines that stand beside notices of one line each; none where a notice is longer."""
+    others = []
+    for line in paragraph:
+        says_all = _ONE_LINE.match(_plain(line)) and not line.rstrip().endswith((",", " and"))
+        if not says_all:
+            if _TERMS.search(line.lower()):
+                return []
+            others.append(line)
+    return [] if _NOTICE.search(_plain("\n".join(others))) else others
 
 
 def measure(text: str) -> tuple[int, float, float]:

@@ -68,10 +68,10 @@ class Containment:
         rows["first"], rows["second"], rows["shared"] = found[:, 0], found[:, 1], counts
         return rows
 
-    def resolve(self, finds: NDArray) -> NDArray:
+    def resolve(self, finds: Iterator[NDArray]) -> NDArray:
         """Longest first: a book goes when enough of it is in one that stays."""
         shared: dict[tuple[int, int], int] = {}
-        for first, second, n in finds.tolist():
+        for first, second, n in (row for part in finds for row in part.tolist()):
             shared[first, second] = shared.get((first, second), 0) + n
         size = {a: n for (a, b), n in shared.items() if a == b}
         others: dict[int, list[tuple[int, int]]] = {}

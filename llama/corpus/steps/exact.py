@@ -1,45 +1,71 @@
-"""Global step `exact`: of documents with the same text the first stays (paper §2.1).
+"""Global step `exact`: of documents that are the same the first stays (paper §2.1).
 
-Texts are the same when 128 bits of their BLAKE2 hashes are, white space around them apart: at 10^10
-documents the chance of one wrong pair is below 10^-18. Drop reason: `exact_duplicate`.
+Documents are the same when 128 bits of a BLAKE2 hash are: of their text, white space around it
+apart, of their address, or of their id. At 10^10 documents the chance of one wrong pair is below
+10^-18. Drop reasons: `exact_duplicate`, `url_duplicate`, `id_duplicate`; their detail is the first
+half of the hash, the same for all copies.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llama.cli import UserError
 from llama.corpus.document import Document, Item
+
+_REASONS = {"text": "exact_duplicate", "url": "url_duplicate", "id": "id_duplicate"}
+# What C4 does not count as part of an address: scheme, www., tracking, a slash at the end.
+_NO_ADDRESS = re.compile(r"^https?://(?:www\.)?|\?(?:utm_|ref|feed).*")
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Its records are the first of each text in a shard; further ones it drops at once."""
+    """Its records are the first of each kind in a shard; further ones it drops at once.
+
+    Args:
+        same: What makes two documents one: text, url (as C4 compares them) or id.
+    """
+
+    same: Literal["text", "url", "id"] = "text"
 
     name = "exact"
     records = np.dtype([("key", "<u8"), ("key2", "<u8"), ("unit", "<u4"), ("document", "<u4")])
-    decisions = np.dtype([("unit", "<u4"), ("document", "<u4")])
+    decisions = np.dtype([("unit", "<u4"), ("document", "<u4"), ("key", "<u8")])
     resolve = None
 
+    def __post_init__(self) -> None:
+        if self.same not in _REASONS:
+            raise UserError(f"same is {self.same!r}, expected one of {', '.join(_REASONS)}")
+
     def map(self, unit: int, documents: Iterator[Document]) -> tuple[NDArray, NDArray]:
-        """The hash of every document."""
-        texts = (document.text.strip() for document in documents)
-        hashes = b"".join(
-            blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            for text in texts
-        )
+        """The hash of every document; one without an address is like no other."""
+        numbers, hashes = [], bytearray()
+        for number, document in enumerate(documents):
+            if (what := self._compared(document)) is not None:
+                numbers.append(number)
+                data = what.encode("utf-8", "surrogatepass")
+                hashes += blake2b(data, digest_size=16).digest()
         keys = np.frombuffer(hashes, np.dtype((np.void, 16)))
         _, first = np.unique(keys, return_index=True)
         records = np.zeros(len(keys), self.records)
         records["key"], records["key2"] = np.frombuffer(hashes, "<u8").reshape(-1, 2).T
-        records["document"] = np.arange(len(keys))
+        records["document"] = numbers
         again = np.ones(len(keys), bool)
         again[first] = False
         decisions = np.zeros(again.sum(), self.decisions)
-        decisions["document"] = np.flatnonzero(again)
+        for field in ("document", "key"):
+            decisions[field] = records[field][again]
         return records[~again], decisions
+
+    def _compared(self, document: Document) -> str | None:
+        if self.same == "url":
+            return _NO_ADDRESS.sub("", str(document.meta.get("url") or "")).rstrip("/") or None
+        return document.id if self.same == "id" else document.text.strip()
 
     def reduce(self, records: NDArray) -> NDArray:
         """All but the first of each key."""
@@ -48,8 +74,9 @@ class Exact:
             same &= records[key][1:] == records[key][:-1]
         again = records[1:][same]
         decisions = np.zeros(len(again), self.decisions)
-        decisions["unit"], decisions["document"] = again["unit"], again["document"]
+        for field in ("unit", "document", "key"):
+            decisions[field] = again[field]
         return decisions
 
     def apply(self, document: Document, decisions: NDArray) -> Item:
-        return document.dropped("exact_duplicate")
+        return document.dropped(_REASONS[self.same], detail=f"{decisions['key'][0]:016x}")

@@ -1,7 +1,8 @@
 """Step `identify`: the language of a document, told from its beginning (paper §2.1, CCNet).
 
-By py3langid, which brings its model, or by a fastText model of the user's, such as lid.176. Out: in
-`meta` the `language` and its `language_score`, 0 to 1.
+By py3langid, which brings its model, by language.npz, which `train_models` makes, or by a fastText
+model of the user's, such as lid.176. Out: in `meta` the `language` and its `language_score`, 0 to
+1.
 
 Drop reasons: `language` (not one of those wanted), `language_unsure` (a low score), in this order.
 """
@@ -13,26 +14,32 @@ from pathlib import Path
 
 from llama.cli import UserError
 from llama.corpus.document import Document, Item
+from llama.corpus.models.linear import Linear
 
 # More tells no more: whole documents of 2,500 characters are identified without a mistake.
 HEAD_CHARS = 2000
+OURS = ".npz"
 
 
 def check(languages: Sequence[str], min_score: float, model: str) -> None:
     """Raise `UserError` for options, a tool or a model that cannot serve; loads the model."""
     if not 0 <= min_score <= 1:
         raise UserError(f"min_language_score is {min_score}, expected 0 to 1")
+    ours = model.endswith(OURS)
     module, package = ("fasttext", "fasttext-predict") if model else ("py3langid", "py3langid")
-    if not find_spec(module):
+    if not ours and not find_spec(module):
         raise UserError(f"identifying languages needs {package}: pip install {package}")
     if model and not Path(model).is_file():
         raise UserError(f"language_model {model} is no file")
     try:
         known = identifier(model)[1]
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"language_model {model} cannot be loaded: {error}") from error
     if unknown := sorted(set(languages) - known):
-        raise UserError(f"languages names {', '.join(unknown)}, which {module} does not know")
+        name = model if ours else module
+        raise UserError(f"languages names {', '.join(unknown)}, which {name} does not know")
 
 
 def identify(
@@ -60,6 +67,9 @@ def identifier(model: str) -> tuple[Callable[[str], tuple[str, float]], frozense
 
         langid = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         return langid.classify, frozenset(langid.labels)
+    if model.endswith(OURS):
+        ours = Linear.load(model)
+        return ours.predict, frozenset(ours.labels)
     import fasttext
 
     loaded = fasttext.load_model(model)

@@ -7,7 +7,7 @@ Documents that hang together, be it through others, are a cluster, whose first o
 the input stays. Drop reason: `near_duplicate`; its detail is `shard:document` of the first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import shake_256
 
@@ -21,7 +21,7 @@ from llama.corpus.steps.words import in_a_row, mixed, words
 SHINGLE_WORDS = 5
 # Where a band is the same in many documents, as in forms, each is compared with so many before it.
 NEIGHBOURS = 32
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS, _JOINED_ROWS = 1024, 1 << 22
 # Of two bytes of two orders each, how many orders are the same: by their exclusive or.
 _SAME = np.array([(byte < 16) + (byte % 16 == 0) for byte in range(256)], np.uint8)
 
@@ -81,9 +81,12 @@ class MinHash:
         return records.reshape(-1), np.zeros(0, self.decisions)
 
     def reduce(self, records: NDArray) -> NDArray:
-        """Pairs of documents that agree in a band and are alike."""
+        """Documents that agree in a band and are alike: each with the first of its cluster."""
+        return joined(self._pairs(records))
+
+    def _pairs(self, records: NDArray) -> Iterator[NDArray]:
         place = records["unit"].astype("<u8") << np.uint64(32) | records["document"]
-        key, lows, pairs = records["key"], records["lows"], [np.zeros((0, 2), "<u8")]
+        key, lows = records["key"], records["lows"]
         # two different ones have the same 4 bits once in 16 times
         least = (1 + 15 * self.similarity) / 16 * len(self.orders)
         for distance in range(1, NEIGHBOURS + 1):
@@ -91,28 +94,47 @@ class MinHash:
             first = np.flatnonzero(key[:-distance] == key[distance:])
             for at in np.array_split(first, len(first) // _BLOCK_ROWS + 1):
                 alike = at[_SAME[lows[at] ^ lows[at + distance]].sum(1) >= least]
-                pairs.append(np.stack((place[alike], place[alike + distance]), 1))
-        return np.unique(np.concatenate(pairs), axis=0)
+                yield np.stack((place[alike], place[alike + distance]), 1)
 
-    def resolve(self, finds: NDArray) -> NDArray:
-        """All but the first of each set of documents that hang together."""
-        places, ends = np.unique(finds, return_inverse=True)
-        first, second = ends.reshape(-1, 2).T
-        leader = np.arange(len(places))
-        while (apart := leader[first] != leader[second]).any():
-            a, b = leader[first[apart]], leader[second[apart]]
-            np.minimum.at(leader, np.maximum(a, b), np.minimum(a, b))
-            while (leader != leader[leader]).any():
-                leader = leader[leader]
-        gone = leader != np.arange(len(places))
-        decisions = np.zeros(gone.sum(), self.decisions)
-        decisions["unit"], decisions["document"] = places[gone] >> 32, places[gone] & 0xFFFFFFFF
-        decisions["first"] = places[leader[gone]]
+    def resolve(self, finds: Iterator[NDArray]) -> NDArray:
+        """All but the first of each cluster."""
+        found = joined(finds)
+        decisions = np.zeros(len(found), self.decisions)
+        decisions["unit"], decisions["document"] = found[:, 1] >> 32, found[:, 1] & 0xFFFFFFFF
+        decisions["first"] = found[:, 0]
         return decisions
 
     def apply(self, document: Document, decisions: NDArray) -> Item:
         first = int(decisions["first"][0])
         return document.dropped("near_duplicate", detail=f"{first >> 32}:{first & 0xFFFFFFFF}")
+
+
+def joined(parts: Iterable[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """`clusters` of pairs that come in parts: in memory are as many as there are documents in it.
+
+    They are joined each time they are as many as what was joined before, so each a few times.
+    """
+    found, waiting, more = np.zeros((0, 2), "<u8"), list[NDArray](), 0
+    for part in parts:
+        waiting.append(part)
+        more += len(part)
+        if more > max(len(found), _JOINED_ROWS):
+            found, waiting, more = clusters(np.concatenate([found, *waiting])), [], 0
+    return clusters(np.concatenate([found, *waiting]))
+
+
+def clusters(pairs: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """(first of its cluster, member) for all other documents (m, 2) that pairs (n, 2) join."""
+    places, ends = np.unique(pairs, return_inverse=True)
+    first, second = ends.reshape(-1, 2).T
+    leader = np.arange(len(places))
+    while (apart := leader[first] != leader[second]).any():
+        a, b = leader[first[apart]], leader[second[apart]]
+        np.minimum.at(leader, np.maximum(a, b), np.minimum(a, b))
+        while (leader != leader[leader]).any():
+            leader = leader[leader]
+    gone = leader != np.arange(len(places))
+    return np.stack((places[leader[gone]], places[gone]), 1)
 
 
 def signature(shingles: NDArray[np.uint64], orders: NDArray[np.uint32]) -> NDArray[np.uint32]:

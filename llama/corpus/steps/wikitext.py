@@ -3,7 +3,8 @@ formatting boilerplate are removed).
 
 In: the source of a page. Out: its sentences, headings and lists. Templates, tables, references,
 files, categories, galleries and comments go with all they hold; links leave their label, other tags
-their content, <math> its formula. Markup that is opened and never closed stays as text.
+their content, <math> its formula, blocks of code all their white space. Markup that is opened and
+never closed stays as text.
 
 The scanner writes pieces into one list; what opens remembers where, what closes cuts the list back
 to there. Nothing is read twice, so time is linear in the length, whatever the nesting.
@@ -17,17 +18,22 @@ from collections.abc import Collection
 # Localised names of the namespaces File and Category that dumps use beside their own and English.
 _FILE = """file image bild datei fichier archivo imagen immagine imagem ficheiro arquivo bestand
 afbeelding plik grafika soubor fájl kép fil billede bilde fișier imagine fitxer imatge slika
-датотека слика файл изображение картинка зображення картинка"""
+датотека datoteka слика fişier файл изображение картинка зображення obrázok
+фотографија fotografija dt"""
 _CATEGORY = """category kategorie catégorie categoría categoria categorie kategoria kategori
-kategória kategorija категорија категория категорія"""
+kategória kategorija категорија категория категорія cat ct kt к"""
 FILES, CATEGORIES = frozenset(_FILE.split()), frozenset(_CATEGORY.split())
 
 # Their content is no wikitext: kept as it is, or dropped with the tag.
-_VERBATIM = frozenset("nowiki pre math chem syntaxhighlight source code ce".split())
+_BLOCKS = frozenset("pre syntaxhighlight source".split())
+_VERBATIM = _BLOCKS | frozenset("nowiki math chem code ce".split())
 _DROPPED = frozenset(
-    "gallery timeline score imagemap templatestyles hiero graph mapframe maplink inputbox".split()
+    "gallery timeline score imagemap templatestyles hiero graph mapframe maplink inputbox "
+    "includeonly".split()
 )
 _LINE_BREAKS = frozenset("br p div li tr blockquote h1 h2 h3 h4 h5 h6 hr dd dt".split())
+# Where a template was, and before each line of a block of code; dumps hold no such characters.
+_GONE, _CODE = "\x01", "\x02"
 # Links within the caption of a file go three deep; a limit keeps the work on labels linear.
 _MAX_LINKS = 8
 
@@ -41,9 +47,11 @@ _TOKEN = re.compile(
     re.VERBOSE | re.MULTILINE,
 )
 _HEADING = re.compile(r"^[ \t]*(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$")
-_LIST = re.compile(r"^[ \t]*[*#;:]*[ \t]*")
+_LIST = re.compile(r"^[ \t]*(?:-{4,})?[*#;:]*[ \t]*")
+# What templates leave of (pronunciation; dates): nothing, or a bracket before the dates.
+_EMPTY = re.compile(f"( ?\\()[ ,;:]*{_GONE}[ ,;:{_GONE}]*(\\)?)")
 _SPACES = re.compile("  +")
-_SWITCH = re.compile(r"__[^\W_]{3,}__")
+_SWITCH = re.compile(r"__\w{3,40}?__")
 _INTERWIKI = re.compile(r"(?:[a-z]{2,3}|simple|[a-z]{2,3}-[a-z-]{2,})$")
 _VARIANT = re.compile(r"(?:^|;)\s*[a-z]{2,3}(?:-[a-z]+)*\s*:\s*([^;]*)")
 _URL = re.compile(r"https?://[^\s<>\[\]{}|\"']+")
@@ -82,7 +90,7 @@ class _Scanner:
         self.out.append(self.source[at:])
         for kind, start in self.open:
             # of an unclosed tag the content stays; other markup stays itself
-            if kind == "ref":
+            if kind in ("ref", "html table"):
                 self.out[start] = ""
         return "".join(self.out)
 
@@ -137,6 +145,8 @@ class _Scanner:
         del self.out[start:]
         if kind == "variant":
             self.out.append(_variant("".join(content)))
+        elif kind == "template":
+            self.out.append(_GONE)
         return "".join(content) if kind in ("link", "external") else ""
 
     def _braces(self, match: re.Match[str]) -> int:
@@ -181,15 +191,20 @@ class _Scanner:
     def _tag(self, match: re.Match[str]) -> int:
         name, closing = match[1].lower(), match[0][1] == "/"
         alone = match[0].endswith("/>")
-        if name == "ref":
+        if name in ("ref", "table"):
+            kind = "ref" if name == "ref" else "html table"
             if closing:
-                self._end("ref", "")
+                self._end(kind, "")
             elif not alone:
-                self._begin("ref", match[0])
+                self._begin(kind, match[0])
         elif name in _VERBATIM and not closing and not alone:
             end = self._find(f"</{match[1]}", match.end())
             if end >= 0:
-                self.out.append(self.source[match.end() : end])
+                content = self.source[match.end() : end]
+                if name in _BLOCKS:
+                    content = "\n" + content.strip("\n")
+                    content = content.replace("\n", "\n" + _CODE) + "\n"
+                self.out.append(content)
                 return self._after(end)
         elif name in _DROPPED and not closing and not alone:
             end = self._find(f"</{match[1]}", match.end())
@@ -217,8 +232,8 @@ class _Scanner:
 def _variant(content: str) -> str:
     """Of -{ ... }- the text, its first variant, or nothing where it only sets a rule."""
     flags, bar, rest = content.partition("|")
-    if bar and re.fullmatch(r"[A-Za-z; -]{1,12}", flags):
-        if set(flags.upper()) & set("THD-"):
+    if bar and re.fullmatch(r"[A-Za-z-](?:;[A-Za-z-])*|[a-z]+(?:[-;][a-z]+)+", flags):
+        if set(flags.upper().split(";")) & set("THD-"):
             return ""
         content = rest
     found = _VARIANT.search(content)
@@ -228,7 +243,9 @@ def _variant(content: str) -> str:
 def _lines(text: str) -> str:
     """Headings without their signs, lists without colons, at most one blank line, no empty
     sections."""
-    text = html.unescape(_SWITCH.sub("", text)).replace("\xa0", " ")
+    text = _SWITCH.sub(lambda match: "" if match[0].isupper() else match[0], text)
+    text = _EMPTY.sub(lambda match: "" if match[2] else match[1], text).replace(_GONE, "")
+    text = html.unescape(text).replace("\xa0", " ")
     lines: list[str] = []
     headings: list[tuple[int, str]] = []
     for line in text.splitlines():
@@ -237,8 +254,11 @@ def _lines(text: str) -> str:
             headings = [h for h in headings if h[0] < level] + [(level, match[2])]
             continue
         marks = _LIST.match(line)
-        # what was removed leaves its spaces
-        body = _SPACES.sub(" ", line[marks.end() :] if marks else line).strip()
+        if line.startswith(_CODE):
+            body, marks = line[1:].rstrip(), None
+        else:
+            # what was removed leaves its spaces
+            body = _SPACES.sub(" ", line[marks.end() :] if marks else line).strip()
         if not body:
             if lines and lines[-1] and not headings:
                 lines.append("")
