@@ -35,7 +35,7 @@ OPTIONAL = {
     "pyarrow": "parquet files, extra `corpus`",
 }
 # What is imported where that is not the distribution's name.
-MODULES = {"PyYAML": "yaml", "xformers": "xformers.ops"}
+MODULES = {"protobuf": "google.protobuf", "PyYAML": "yaml", "xformers": "xformers.ops"}
 TORCH_PROBE = """
 import json, torch, torch.distributed as dist
 found = {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": [], "error": None}
@@ -267,9 +267,9 @@ def examine() -> Iterator[Finding]:
 
 def shown(finding: Finding) -> str:
     """A finding in 80 columns: verdict, name, text, and what to do below it."""
-    head = f"{finding.verdict:<9}{finding.name:<13}"
+    head = f"{finding.verdict:<9}{finding.name:<17}"
     lines = []
-    for start, text in ((head, finding.text), (f"{'':<22}-> ", finding.todo)):
+    for start, text in ((head, finding.text), (f"{'':<26}-> ", finding.todo)):
         # what an import printed may hold line ends and colours
         text = re.sub(r"[\x00-\x1f\x7f]+", " ", text)
         lines += textwrap.wrap(text, 80, initial_indent=start, subsequent_indent=" " * len(start))
