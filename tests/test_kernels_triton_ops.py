@@ -292,6 +292,7 @@ def test_operators_describe_their_outputs() -> None:
         "add_rms_norm_backward": (x, y, x, gain, scale),
         "swiglu_forward": (x, y),
         "swiglu_backward": (x, y, x),
+        "swiglu_backward_with_product": (x, y, x),
         "rope_forward": (x.transpose(2, 3).contiguous().transpose(2, 3), table),
         "rope_backward": (x, table),
         "linear_cross_entropy_forward": (*x.view(2, 6, 8), targets.to(DEVICE), True, 0.0),
