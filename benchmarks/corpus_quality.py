@@ -8,6 +8,7 @@ judgement with its figure and the goal; where a judge or a dump is missing, how 
 import re
 import statistics
 import tempfile
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -339,9 +340,10 @@ def main(argv: list[str]) -> None:
             rows += CHECKS[name](a)
         except Missing as missing:
             rows.append(Row(name, "", None, None, str(missing)))
-    header = ("what", "judge", "figure", "goal", "passed", "detail")
-    shown = [(r.what, r.judge, _show(r.figure), _show(r.goal), r.passed, r.detail) for r in rows]
-    print(cli.table(header, shown))
+    print(f"{'what':<41}{'figure':>9}{'goal':>9}  passed")
+    for r in rows:
+        print(f"{r.what:<41}{_show(r.figure):>9}{_show(r.goal):>9}  {r.passed}")
+        print(textwrap.indent(textwrap.fill(f"{r.judge}: {r.detail}", 74), "    "))
     found = [{**asdict(row), "passed": row.passed} for row in rows]
     harness.keep(a.save, "corpus_quality", {"rows": found})
 

@@ -340,19 +340,21 @@ def main(argv: list[str]) -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--only", type=str, nargs="+", choices=STEPS, default=list(STEPS))
     a = p.parse_args(argv)
-    steps, rows = {}, []
+    steps, rows, told = {}, [], []
     for name in a.only:
         # a process each, so that its memory is that of the step
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             try:
                 r = steps[name] = pool.submit(measure, name, Path(a.input), a.rounds).result()
             except Missing as missing:
-                rows.append((name, "-", "", "-", "-", f"missing: {missing}"))
+                rows.append((name, "-", "", "-", "-"))
+                told.append(f"{name}: {missing}")
                 continue
         met = ("no", "yes")[r["per_s"] >= r["goal"]] if r["goal"] else ""
-        peers = ", ".join(f"{peer} {rate:,.1f}" for peer, rate in r["peers"].items()) or "none"
-        rows.append((name, f"{r['per_s']:,.1f}", r["unit"], met, f"{r['peak_mb']:.0f}", peers))
-    print(cli.table(("step", "per second", "of", "goal met", "peak MB", "peers"), rows))
+        rows.append((name, f"{r['per_s']:,.1f}", r["unit"], met, f"{r['peak_mb']:.0f}"))
+        rows += [(f"  {peer}", f"{rate:,.1f}", "", "", "") for peer, rate in r["peers"].items()]
+    print(cli.table(("step, peers", "per second", "of", "goal met", "peak MB"), rows))
+    print("".join(f"missing: {line}\n" for line in told), end="")
     hostile = {name: growth(name) for name in HOSTILE}
     header = ("hostile to", "input", "times as long for 4 times as much", "seconds")
     shown = [(x, repr(unit), f"{times:.1f}", f"{s:.3f}") for x, (times, unit, s) in hostile.items()]
