@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from made_data import make_documents, make_tokenizer, tree
 from test_corpus_engine import all_ids, ids_in, made, misbehave, odd_only, plan_of, quarantine
 
 from llama.cli import UserError
@@ -18,6 +20,7 @@ from llama.corpus.journal import stamp
 from llama.corpus.plan import header
 from llama.corpus.runner import Stage, Task
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not find_spec("datatrove"), reason="datatrove is not installed")
 
 # Slurm in 30 lines: a job is a background process that does the tasks of its array in turn.
@@ -98,6 +101,26 @@ def test_slurm_gives_the_same_bytes(tmp_path, slurm):
     same_as_local(tmp_path, Executor(2, "slurm", SLURM))
     [job] = (slurm / "jobs").glob(".wave-????????")
     assert "#SBATCH --partition=cpu" in job.read_text() and "--array=0-2%2" in job.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["slurm", "ray"])
+def test_tokens_are_the_same_bytes_from_a_command(tmp_path, slurm, rng, kind):
+    """As a command: what it sends to other machines must not be named after `__main__`."""
+    if kind == "ray" and not find_spec("ray"):
+        pytest.skip("ray is not installed")
+    make_documents(rng, tmp_path / "documents", "web", 3, 20)
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+
+    def tokens(kind: str, *cluster: str) -> dict[str, bytes]:
+        command = [sys.executable, "-m", "llama.data.tokenize", "--tokenizer", str(tokenizer)]
+        command += ["--input", str(tmp_path / "documents"), "--output", str(tmp_path / kind)]
+        command += ["--executor", kind, *cluster]
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+        return tree(tmp_path / kind)
+
+    cluster = ["--cluster", "time=1:00:00", "partition=cpu"] if kind == "slurm" else []
+    assert tokens(kind, *cluster) == tokens("local")
 
 
 @pytest.mark.slow

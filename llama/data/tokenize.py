@@ -321,4 +321,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    # under its own name: jobs on other machines know no `__main__.Source`
+    from llama.data.tokenize import main as command
+
+    cli.run(command)
