@@ -48,23 +48,28 @@ def values_and_gradients(
 
 
 def assert_as_exact(
-    results: Sequence[Tensor], peers: Sequence[Tensor], truths: Sequence[Tensor]
+    results: Sequence[Tensor], truths: Sequence[Tensor], *peers: Sequence[Tensor]
 ) -> None:
-    """Each result is as near to its float64 truth as plain torch's in the same dtype, its peer.
+    """Each result is as near to its float64 truth as plain torch's in the same dtype, its peers.
+
+    Several peers are the same sums in other orders, of which the farthest counts.
 
     Largest error <= 2 x the peer's + 1 ulp of the largest magnitude; norm of the error <= 1.1 x,
     with an allowance of a few roundings in float32, which small tensors need. In float32 itself it
     is 2 ulp for these: their few sums, taken in another order, differ by as much.
     """
-    for i, (result, peer, truth) in enumerate(zip(results, peers, truths, strict=True)):
-        assert result.shape == truth.shape and result.dtype == peer.dtype, f"result {i}"
-        ours, theirs = result.double() - truth, peer.double() - truth
-        small = peer.dtype == torch.float32 and truth.numel() < 2**16
-        ulp = (2 if small else 1) * torch.finfo(peer.dtype).eps * float(truth.abs().max())
-        worst, limit = float(ours.abs().max()), 2 * float(theirs.abs().max()) + ulp
+    for i, (result, truth, *others) in enumerate(zip(results, truths, *peers, strict=True)):
+        dtype = others[0].dtype
+        assert result.shape == truth.shape and result.dtype == dtype, f"result {i}"
+        ours, theirs = result.double() - truth, [peer.double() - truth for peer in others]
+        small = dtype == torch.float32 and truth.numel() < 2**16
+        ulp = (2 if small else 1) * torch.finfo(dtype).eps * float(truth.abs().max())
+        worst = float(ours.abs().max())
+        limit = 2 * max(float(each.abs().max()) for each in theirs) + ulp
         assert worst <= limit, f"result {i}: largest error {worst:.3g} > {limit:.3g}"
         roundings = 4 * torch.finfo(torch.float32).eps * float(truth.norm())
-        whole, limit = float(ours.norm()), 1.1 * float(theirs.norm()) + roundings
+        whole = float(ours.norm())
+        limit = 1.1 * max(float(each.norm()) for each in theirs) + roundings
         assert whole <= limit, f"result {i}: norm of the error {whole:.3g} > {limit:.3g}"
 
 

@@ -124,10 +124,12 @@ def compare(
     def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain(q, k, v, seen)
 
+    def backwards(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return theirs(q.flip(3), k.flip(3), v)
+
     truth = values_and_gradients(theirs, [x.double() for x in tensors], [grad])
-    peer = values_and_gradients(theirs, tensors, [grad])
-    results = values_and_gradients(ours, tensors, [grad])
-    assert_as_exact(results, peer, truth)
+    peers = (values_and_gradients(work, tensors, [grad]) for work in (theirs, backwards))
+    assert_as_exact(values_and_gradients(ours, tensors, [grad]), truth, *peers)
 
 
 # T, S, H, K, D; the kernels pad the last size

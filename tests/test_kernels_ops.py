@@ -148,7 +148,7 @@ def test_a_vocabulary_divided_over_processes() -> None:
     result = [losses[0], sum(of_x), torch.cat(of_weight)]
     whole = functools.partial(reference.linear_cross_entropy, targets=targets, z_loss=1e-2)
     truth = values_and_gradients(whole, [x.double(), weight.double()], grad)
-    assert_as_exact(result, values_and_gradients(whole, [x, weight], grad), truth)
+    assert_as_exact(result, truth, values_and_gradients(whole, [x, weight], grad))
 
 
 # -- bad input -------------------------------------------------------------------------------------
