@@ -229,7 +229,7 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         output = done * (at.accumulates and at.replicate > 1)
         ahead = e * copies * (root + (i > 0) * block)
         name = f"block {i + 1}, backward pass"
-        held = ahead + e * copies * block + output + 4 * travels * follows * block
+        held = ahead + e * copies * block + output + 4 * copies * follows * block
         phase(name, done, i * kept, held, e * head + inside)
         # weights of one process are not given up before
         held = ahead + e * copies * (n == 1) * block + output + 4 * copies * block

@@ -405,6 +405,12 @@ def test_on_a_terminal(run: Path, last: bytes, code: int) -> None:
             seen += os.read(ours, 4096)
         seen = seen[re.search(pattern, seen).end() :]  # type: ignore[union-attr]
 
+    def wait_until_it_reads() -> None:
+        """A signal that comes between the prompt and the reading is seen with the next line."""
+        stat = Path(f"/proc/{process.pid}/stat")
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+
     try:
         wait(rb"> $")
         os.write(ours, b"the cat\n")
@@ -414,8 +420,10 @@ def test_on_a_terminal(run: Path, last: bytes, code: int) -> None:
         # what is typed at the prompt goes first
         os.write(ours, b"half")
         wait(rb"half$")
+        wait_until_it_reads()
         os.write(ours, b"\x03")
         wait(rb"\n> $")
+        wait_until_it_reads()
         os.write(ours, last)
         assert process.wait(60) == code
     finally:
