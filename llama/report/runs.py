@@ -150,7 +150,10 @@ def config_differences(runs: Sequence[Run]) -> tuple[list[str], list[tuple[str, 
     tables = [config.flat(config.to_dict(run.cfg)) for run in runs]
     if len(runs) == 1:
         columns = ["default", *columns]
-        tables.insert(0, config.flat(config.to_dict(config.Config())))
+        default = config.flat(config.to_dict(config.Config()))
+        # the name of a file, where a run has its weights
+        del default["data.mixture"]
+        tables.insert(0, default)
     else:
         tables = [t | config.flat(run.env, "env: ") for t, run in zip(tables, runs, strict=True)]
     keys = dict.fromkeys(key for table in tables for key in table if key != "name")
