@@ -73,7 +73,7 @@ def _forward(
     block: TransformerBlock, plain: Callable[..., Tensor], plan: Plan,
     x: Tensor, freqs_cis: Tensor, docs: Tensor | None = None, cache: Any = None,
 ) -> Tensor:  # fmt: skip
-    if cache is not None or not torch.is_grad_enabled():
+    if cache is not None:
         return plain(x, freqs_cis, docs, cache)
     a, f = block.attention, block.feed_forward
     matrices = (m.weight for m in (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3))
