@@ -116,7 +116,9 @@ def html_case(data: Path) -> Case:
         extract = partial(need("trafilatura").extract, **options)
         return lambda pages: list(map(extract, pages))
 
-    bare = lambda: lambda pages: list(map(html.page_text, pages))  # noqa: E731
+    def bare() -> Work:
+        return lambda pages: list(map(html.page_text, pages))
+
     peers = {"resiliparse without a guard": bare, "trafilatura": trafilatura}
     return Case([records], len(records), ours, peers)
 
@@ -187,7 +189,7 @@ def c4_case(data: Path) -> Case:
         return lambda text: judge.filter(record(text=text, id=""))
 
     rules = c4_rules.PRESETS["reference"]
-    ours = lambda text: c4_rules.clean(text, rules, None)  # noqa: E731
+    ours = partial(c4_rules.clean, rules=rules, bad=None)
     return megabytes(texts(data, "c4"), ours, datatrove=datatrove)
 
 

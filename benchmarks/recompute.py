@@ -8,7 +8,6 @@ checkpoint. On a GPU in bfloat16, elsewhere in float32.
 
 from dataclasses import replace
 from functools import partial
-from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,11 +18,10 @@ from benchmarks import harness
 from benchmarks.train_step import SHAPES
 from kernels import attention
 from llama import cli, costs
-from llama.config import ModelConfig, ParallelConfig
+from llama.config import ModelConfig
 from llama.model import Transformer
 from llama.parallel import recompute
-
-MODES = get_args(get_type_hints(ParallelConfig)["recompute"])
+from llama.plan.layouts import MODES
 
 
 def build(cfg: ModelConfig, mode: str, where: torch.device) -> Transformer:

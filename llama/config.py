@@ -19,6 +19,7 @@ from jsonargparse.typing import register_type
 from llama import cli, files, limits
 from llama.cli import UserError
 
+Recompute = Literal["none", "manual", "selective", "full"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -159,7 +160,7 @@ class ParallelConfig:
     shard: int = -1
     tensor: int = 1
     context: int = 1
-    recompute: Literal["none", "manual", "selective", "full"] = "none"
+    recompute: Recompute = "none"
 
 
 @dataclass

@@ -247,3 +247,8 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
 def peak(cfg: ModelConfig, at: Layout) -> tuple[str, dict[str, int]]:
     """The phase of a step that takes most memory, and its parts."""
     return max(memory(cfg, at).items(), key=lambda phase: sum(phase[1].values()))
+
+
+def needed(cfg: ModelConfig, at: Layout) -> int:
+    """Bytes of a process at the fullest moment of a step."""
+    return sum(peak(cfg, at)[1].values())

@@ -168,7 +168,7 @@ def test_what_is_offered_fits_and_nothing_smaller_would(rng: random.Random) -> N
             recompute=rng.choice(["none", "none", "full"]),
             shard=rng.choice([1, 8]),
         )
-        planned = oom.total(model, plan)
+        planned = costs.needed(model, plan)
         there = int(rng.uniform(0.02, 1.3) * planned)
         need = max(planned, int(there * rng.uniform(1, 1.2)))
         on_gpu = rng.random() < 0.5
@@ -185,22 +185,22 @@ def test_what_is_offered_fits_and_nothing_smaller_would(rng: random.Random) -> N
                 recompute="full" if "recompute full" in option else plan.recompute,
                 shard=int(s[1]) if s else plan.shard,
             )
-            assert size == oom.total(model, change) + missed
+            assert size == costs.needed(model, change) + missed
             assert on_gpu or not s
             # no smaller change of the same kind would do
             if m and not s and plan.micro_batch in (2, 8, 16) and 2 * int(m[1]) < plan.micro_batch:
                 less = replace(change, micro_batch=2 * change.micro_batch)
-                assert oom.total(model, less) + missed > 0.95 * there
+                assert costs.needed(model, less) + missed > 0.95 * there
             if s and change.shard > 2 * plan.shard:
                 less = replace(change, shard=change.shard // 2)
-                assert oom.total(model, less) + missed > 0.95 * there
+                assert costs.needed(model, less) + missed > 0.95 * there
             offered.add(re.sub(r"\d+", "N", option))
         if not found:
             micros = {plan.micro_batch >> n for n in range(5)} - {0} or {0}
             shards = [plan.shard << n for n in range(9)] if on_gpu else [plan.shard]
             for micro, again, shard in itertools.product(micros, (plan.recompute, "full"), shards):
                 change = replace(plan, micro_batch=micro, recompute=again, shard=shard)
-                assert change == plan or oom.total(model, change) + missed > 0.95 * there
+                assert change == plan or costs.needed(model, change) + missed > 0.95 * there
     assert len(offered) >= 4, offered
 
 

@@ -133,6 +133,7 @@ class Shuffle:
         try:
             records, decisions = self._rows(task.what, lost)
         except Exception:
+            # whatever a document makes the step raise; an error that no document makes goes on
             if lost or not (lost := self._guilty(task.what)):
                 raise
             records, decisions = self._rows(task.what, lost)

@@ -9,7 +9,7 @@ import codecs
 import re
 import zlib
 
-import brotli  # type: ignore[import-untyped]
+import brotli
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
 from llama.corpus import raw, warc

@@ -7,14 +7,15 @@ in one sentence with the nearest that would.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import get_args
 
 from llama import costs
 from llama.cli import UserError, show_bytes
-from llama.config import Config
+from llama.config import Config, Recompute
 from llama.costs import Chip, Layout
 from llama.plan import published, speed
 
-MODES = ("none", "manual", "selective", "full")
+MODES = get_args(Recompute)
 # The rest is for the CUDA context, NCCL's buffers and pieces too small to use.
 ROOM = 0.92
 MOST_MICRO_BATCHES = 16
@@ -136,22 +137,18 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         if auto or n <= at.micro_batch
     ]
     tried += [replace(at, shard=at.shard << n, recompute="full") for n in range(1, 12)]
-    found = next((x for x in tried if _bytes(cfg, x) <= ROOM * chip.memory), None)
+    found = next((x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory), None)
     offer = "nothing fits: take a larger parallel.tensor"
     if found:
         more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.gpus > gpus)
         offer = (
             f"train.micro_batch {found.micro_batch} with parallel.recompute {found.recompute}"
-            f"{more} takes {show_bytes(_bytes(cfg, found))}"
+            f"{more} takes {show_bytes(costs.needed(cfg.model, found))}"
         )
     raise UserError(
         f"train.micro_batch {least.layout.micro_batch} takes {show_bytes(least.bytes)} on a GPU of "
         f"{show_bytes(chip.memory)}, of which {100 * ROOM:.0f} % can be planned: {offer}"
     )
-
-
-def _bytes(cfg: Config, at: Layout) -> int:
-    return sum(costs.peak(cfg.model, at)[1].values())
 
 
 def candidates(cfg: Config, gpus: int, chip: Chip) -> Iterator[Layout]:
@@ -200,7 +197,7 @@ def expected(cfg: Config, micro_batch: int, gpus: int, device_name: str) -> dict
             micro_batch * cfg.data.seq_len * at.replicate * at.shard < cfg.train.batch_tokens
         )
         at = replace(at, element_bytes=element_bytes, accumulates=accumulates, loss_elements=2**20)
-        return {"planned_memory_gib": _bytes(cfg, at) / 2**30}
+        return {"planned_memory_gib": costs.needed(cfg.model, at) / 2**30}
     efficiency = published.efficiency(published.usual(name))
     plan = evaluate(cfg, at, costs.CHIPS[name], efficiency)
     memory, rate = plan.bytes / 2**30, plan.step.tokens_per_s

@@ -64,7 +64,7 @@ def sentence(
     if not cfg.model.vocab_size:
         return f"{text}{used}, of {show_bytes(there)}"
     at = layout_of(cfg, here, state)
-    planned = total(cfg.model, at)
+    planned = costs.needed(cfg.model, at)
     _, parts = costs.peak(cfg.model, at)
     holds = ", ".join(f"{name} {show_bytes(n)}" for name, n in parts.items() if n)
     found = changes(cfg.model, at, max(planned, peak + asked, there), there, here.device)
@@ -74,11 +74,6 @@ def sentence(
         f"{text}planned {show_bytes(planned)} ({holds}), {used}, of {show_bytes(there)}"
         f"{_waste(here.device)}; {offers + ' would fit' if offers else nothing}"
     )
-
-
-def total(model: ModelConfig, at: Layout) -> int:
-    """Bytes of a process at its peak."""
-    return sum(costs.peak(model, at)[1].values())
 
 
 def where(error: BaseException, phase: str, state: State | None) -> str:
@@ -154,7 +149,7 @@ def changes(
     # processes on one machine share its memory, however it is cut
     most = MOST_PROCESSES if device.type == "cuda" else at.shard
     shards = [at.shard << n for n in range((most // at.shard).bit_length())] or [at.shard]
-    planned, found = total(model, at), dict[tuple[str, ...], tuple[str, int]]()
+    planned, found = costs.needed(model, at), dict[tuple[str, ...], tuple[str, int]]()
     for shard, recompute, micro in itertools.product(shards, (at.recompute, "full"), micros):
         change = replace(at, shard=shard, recompute=recompute, micro_batch=micro)
         options = {
@@ -163,7 +158,7 @@ def changes(
             "shard": f"{shard} processes with --parallel.shard {shard}",
         }
         changed = tuple(key for key in options if getattr(at, key) != getattr(change, key))
-        size = need - planned + total(model, change)
+        size = need - planned + costs.needed(model, change)
         if size <= ROOM * there:
             found.setdefault(changed, (" with ".join(options[key] for key in changed), size))
     return [found[changed] for changed in found if len(changed) == 1] or list(found.values())[:1]

@@ -101,7 +101,9 @@ def read(folder: Path, kind: str) -> Iterator[Text]:
 
 def address(url: str) -> str:
     """What is left of an address when two that mean one page are made the same."""
-    host, path, query = _ADDRESS.match(url.strip()).groups()  # type: ignore[union-attr]
+    found = _ADDRESS.match(url.strip())
+    assert found, "the pattern has no part that must be there"
+    host, path, query = found.groups()
     return f"{host.lower()}{path.rstrip('/')}{query}"
 
 
