@@ -9,6 +9,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from made_kills import kill_again_and_again
 from test_corpus_models_linear import words
 from test_corpus_models_train import lexicons, text
 
@@ -218,19 +219,10 @@ def test_kill_9_anywhere_leaves_the_same_bytes(raw, rng):
         command = [sys.executable, "-m", "llama.corpus", "all", *line(raw, output)]
         return subprocess.Popen(command, cwd=ROOT, stdout=-3, stderr=-3, start_new_session=True)
 
-    began = time.monotonic()
     assert start("calm").wait() == 0
-    whole_s = time.monotonic() - began
     expected = made(raw.parent / "calm")
-    kills = 0
-    for _ in range(6):
-        process = start("killed")
-        time.sleep(rng.uniform(0.1, 0.9) * whole_s)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.wait()
+    kill_again_and_again(
+        lambda: start("killed"), raw.parent / "killed", raw.parent / "calm", rng, 6
+    )
     assert start("killed").wait() == 0
     assert made(raw.parent / "killed") == expected
-    print(f"{kills} of 6 runs were killed")
-    assert kills

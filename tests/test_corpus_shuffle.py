@@ -1,5 +1,6 @@
 """Global steps: what they find does not depend on partitions, workers, shards or kills."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import orjson
 import pytest
 from made_data import document, write_documents
+from made_kills import kill_again_and_again
 
 from llama.cli import UserError
 from llama.corpus import dedup, shuffle
@@ -298,21 +300,10 @@ def test_kill_9_at_random_moments_leaves_the_same_bytes(tmp_path, rng):
         line += ["--partitions", "5", "--output", str(tmp_path / output)]
         return subprocess.Popen(line, cwd=ROOT, stdout=-3, stderr=-3, start_new_session=True)
 
-    began = time.monotonic()
     assert start("calm").wait() == 0
-    whole_s = time.monotonic() - began
     expected = made(tmp_path / "calm")
-    kills = 0
     for trial in range(3):
-        for _ in range(3):
-            process = start(f"killed{trial}")
-            time.sleep(rng.uniform(0.2, 1) * whole_s)
-            if process.poll() is None:
-                # its workers end by themselves
-                os.kill(process.pid, signal.SIGKILL)
-                kills += 1
-            process.wait()
+        again = functools.partial(start, f"killed{trial}")
+        kill_again_and_again(again, tmp_path / f"killed{trial}", tmp_path / "calm", rng, 3)
         assert start(f"killed{trial}").wait() == 0
         assert made(tmp_path / f"killed{trial}") == expected
-    print(f"{kills} of 9 runs were killed")
-    assert kills

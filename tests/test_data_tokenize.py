@@ -4,10 +4,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 import orjson
 import pytest
 from made_data import document, make_documents, make_tokenizer, text, tree, write_documents
+from made_kills import kill_again_and_again
 
 from llama import files
 from llama.cli import UserError
@@ -204,20 +203,11 @@ def test_kill_9_at_random_moments(rng: random.Random, tmp_path: Path, tokenizer:
         command = [sys.executable, "-m", "llama.data.tokenize", *args]
         return subprocess.Popen(command, stdout=-3, stderr=-3, start_new_session=True)
 
-    began = time.monotonic()
     assert start("whole").wait() == 0
-    whole_s = time.monotonic() - began
-    kills = 0
-    for _ in range(6):
-        process = start("tokens")
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1) * whole_s)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)  # its workers notice by themselves
-            process.wait()
-            kills += 1
-    assert kills and start("tokens").wait() == 0
-    assert tree(tmp_path / "tokens") == tree(tmp_path / "whole")
+    tokens, whole = tmp_path / "tokens", tmp_path / "whole"
+    kill_again_and_again(lambda: start("tokens"), tokens, whole, rng, 6)
+    assert start("tokens").wait() == 0
+    assert tree(tokens) == tree(whole)
 
 
 BAD_LINES: list[tuple[bytes, str]] = [
