@@ -24,7 +24,7 @@ from llama.convert.load import load_weights, recognise
 from llama.data import loader, mixture, schedule, shards
 from llama.doctor import refuse_clashes
 from llama.model import Transformer
-from llama.parallel import apply
+from llama.parallel import apply, fsdp
 from llama.plan import layouts
 from llama.runtime import console, folder, metrics, oom, signals, world
 from llama.runtime.state import State, Step, resume, save
@@ -54,7 +54,8 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
         losses, counts = forward(state, windows)
         # FSDP averages over ranks: the constant makes that the mean over the batch's tokens
         (losses.sum() * (state.averaged_over / nominal)).backward()
-        stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
+        if state.place.tensor_rank == 0:
+            stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
     loss_sum, valid = stats.sum(dim=0)
     norm, found_inf = optim.step(
@@ -80,14 +81,15 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         doc_ids = loader.document_ids(inputs, state.eos_id)
     if not data.boundary_loss:
         targets = loader.drop_boundary_targets(inputs, targets, state.eos_id)
-    losses, counts = state.model(inputs, targets, doc_ids)
+    part = state.place.part
+    losses, counts = state.model(part(inputs), part(targets), doc_ids)
     return losses, counts
 
 
 @torch.no_grad()
 def validate(state: State) -> dict[str, float]:
     """Mean loss per source over the first windows of its held-out documents."""
-    cfg, here, results = state.cfg, state.world, {}
+    cfg, here, place, results = state.cfg, state.world, state.place, {}
     assert isinstance(cfg.data.mixture, dict)
     state.model.eval()
     for name, source in state.valid.items():
@@ -95,11 +97,11 @@ def validate(state: State) -> dict[str, float]:
         tokens = loader.validation_windows(source, cfg.data.seq_len, budget)
         total = torch.zeros(2, dtype=torch.float64, device=here.device)
         # every rank makes the same number of forward passes: FSDP gathers in each
-        share = state.micro_batch * here.size
+        share = state.micro_batch * place.data_size
         for low in range(0, len(tokens), share):
-            part = tokens[low : low + share][here.rank :: here.size]
+            part = tokens[low : low + share][place.data_rank :: place.data_size]
             losses, counts = forward(state, (part if len(part) else tokens[:1]).to(here.device))
-            if len(part):
+            if len(part) and place.tensor_rank == 0:
                 total += torch.stack([losses.double().sum(), counts.double().sum()])
         dist.all_reduce(total)
         results[name] = float(total[0] / total[1])
@@ -117,7 +119,10 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     """Open the data, build and shard the model, make the optimizer, plan the order."""
     sources = open_data(cfg)
     plan = schedule.plan(cfg, sources)
-    micro_batch = fitting_micro_batch(cfg, here, [s.batch_windows for s in plan.segments])
+    place = fsdp.place(cfg.parallel, here.device.type)
+    micro_batch = fitting_micro_batch(
+        cfg, here, place.data_size, [s.batch_windows for s in plan.segments]
+    )
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
     backend = attention.choose(
@@ -125,7 +130,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     )
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)
-    averaged_over = apply.apply(model, cfg, here.device, dtype)
+    averaged_over = apply.apply(model, cfg, place, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
@@ -141,6 +146,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
         valid={name: s for name, s in valid.items() if s.n_windows(cfg.data.seq_len)},
         order=plan,
         steps=config.total_steps(cfg.train),
+        place=place,
         averaged_over=averaged_over,
         micro_batch=micro_batch,
         dtype=dtype,
@@ -167,15 +173,15 @@ def open_data(cfg: Config) -> dict[str, shards.Source]:
     return sources
 
 
-def fitting_micro_batch(cfg: Config, here: world.World, batches: list[int]) -> int:
+def fitting_micro_batch(cfg: Config, here: world.World, data_size: int, batches: list[int]) -> int:
     """Windows per forward pass: what was asked for, else what is known to fit."""
     for windows in batches:
-        if windows % here.size:
+        if windows % data_size:
             raise UserError(
                 f"a batch of {windows} windows (train.batch_tokens / data.seq_len) does not divide "
-                f"over {here.size} processes: take a multiple of {cfg.data.seq_len * here.size}"
+                f"over {data_size} processes: take a multiple of {cfg.data.seq_len * data_size}"
             )
-    share = batches[-1] // here.size
+    share = batches[-1] // data_size
     if cfg.train.micro_batch != "auto":
         return min(cfg.train.micro_batch, share)
     if here.device.type == "cuda":
@@ -235,8 +241,9 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     clock = metrics.Clock(state.tokens)
 
     def share(number: int) -> tuple[int, int]:
-        each = state.order.segment(number).batch_windows // here.size
-        return here.rank * each, (here.rank + 1) * each
+        place = state.place
+        each = state.order.segment(number).batch_windows // place.data_size
+        return place.data_rank * each, (place.data_rank + 1) * each
 
     asked = None
     for number, tokens, source in reader.steps(state.step, state.steps, share):

@@ -66,10 +66,6 @@ def check(cfg: dict[str, Any]) -> None:
         check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
         raise UserError("only one of the parallel sizes may be -1")
-    if (p["tensor"], p["context"]) != (1, 1):
-        raise UserError(
-            f"parallel.tensor is {p['tensor']} and parallel.context {p['context']}: only 1 is built"
-        )
 
 
 def _check_rope_scaling(scaling: dict[str, str | float]) -> None:

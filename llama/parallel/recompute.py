@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llama.parallel import manual
+from llama.parallel.tensor import Seam
 
 aten, llama = torch.ops.aten, torch.ops.llama
 # What is dear to compute. Attention's operators are those that sdpa and the Triton kernels end in.
@@ -26,8 +27,11 @@ DEAR = [
 ]
 
 
-def apply(model: nn.Module, mode: str) -> None:
-    """Set up every block of the model in place; its forward is wrapped, so no name changes."""
+def apply(model: nn.Module, mode: str, *seams: Seam) -> None:
+    """Set up every block of the model in place; its forward is wrapped, so no name changes.
+
+    `seams` are those of tensor.py where a sequence is divided.
+    """
     if mode == "none":
         return
     again = functools.partial(checkpoint, use_reentrant=False)
@@ -36,6 +40,6 @@ def apply(model: nn.Module, mode: str) -> None:
         again = functools.partial(again, context_fn=contexts)
     for block in model.layers:  # type: ignore[union-attr]
         if mode == "manual":
-            manual.apply(block)
+            manual.apply(block, *seams)
         else:
             block.forward = functools.partial(again, block.forward)

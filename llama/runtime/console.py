@@ -25,7 +25,7 @@ def announce(state: State) -> None:
     """What a person wants to know before the first line appears."""
     cfg, here = state.cfg, state.world
     windows = state.order.segment(state.step).batch_windows
-    micro_steps = math.ceil(windows / (state.micro_batch * here.size))
+    micro_steps = math.ceil(windows / (state.micro_batch * state.place.data_size))
     flops = windows * cfg.data.seq_len * costs.flops_per_token(cfg.model, cfg.data.seq_len)[0]
     seconds = flops / here.size / (USUAL_SHARE * matmul_flops(here.device, state.dtype))
     here.say(

@@ -100,14 +100,13 @@ def where(error: BaseException, phase: str, state: State | None) -> str:
 def layout_of(cfg: Config, here: World, state: State | None) -> Layout:
     """What decides the bytes of a process; while it is built there are no activations yet."""
     auto = 2 if here.device.type == "cuda" else 4
-    replicate, shard = fsdp.layout(cfg.parallel, here.size)
+    sizes = fsdp.sizes(cfg.parallel, here.size)
     micro_batch = state.micro_batch if state else 0
-    windows = cfg.train.batch_tokens // cfg.data.seq_len // here.size
+    windows = cfg.train.batch_tokens // cfg.data.seq_len // (sizes["replicate"] * sizes["shard"])
     return Layout(
         seq_len=cfg.data.seq_len,
         micro_batch=micro_batch,
-        shard=shard,
-        replicate=replicate,
+        **sizes,
         recompute=cfg.parallel.recompute,
         element_bytes={"float32": 4, "bfloat16": 2}.get(cfg.train.dtype, auto),
         accumulates=0 < micro_batch < windows,

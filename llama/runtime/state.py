@@ -15,6 +15,7 @@ from llama import config, optim
 from llama.cli import UserError, show_seconds
 from llama.config import Config, ModelConfig
 from llama.data import order, schedule, shards
+from llama.parallel.fsdp import Place
 from llama.runtime import checkpoint
 from llama.runtime.world import World
 
@@ -32,6 +33,7 @@ class State:
     valid: dict[str, shards.Source]
     order: order.Order
     steps: int
+    place: Place
     # processes the gradients are averaged over; windows, dtype and attention of a forward pass
     averaged_over: int
     micro_batch: int
