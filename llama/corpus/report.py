@@ -26,16 +26,7 @@ from llama.html import Markup, Picture, tag
 from tokenizer.tokenizer import Tokenizer
 
 BILL = "bill_of_materials.json"
-# Table 1: share of the tokens a model sees, epochs of the source in 1.4T tokens, text on disk.
-TABLE_1 = {
-    "commoncrawl": (0.67, 1.10, "3.3 TB"),
-    "c4": (0.15, 1.06, "783 GB"),
-    "github": (0.045, 0.64, "328 GB"),
-    "wikipedia": (0.045, 2.45, "83 GB"),
-    "books": (0.045, 2.23, "85 GB"),
-    "arxiv": (0.025, 1.06, "92 GB"),
-    "stackexchange": (0.02, 1.03, "78 GB"),
-}
+TABLE_1 = files.read_yaml(Path(files.__file__).with_name("table_1.yaml"))
 BYTES_PER_TOKEN = 4
 LIBRARIES = "llama-pretraining numpy orjson zstandard pyarrow py7zr resiliparse py3langid datatrove"
 SAMPLE_CHARS, LISTED, INPUTS = 500, 12, 3

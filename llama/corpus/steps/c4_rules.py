@@ -31,14 +31,7 @@ PRESETS = {"reference": Rules(5, 3), "article": Rules(3, 5)}
 MAX_WORD_CHARS = 1000
 _END_MARKS, _ELLIPSIS = (".", "?", "!", '"'), "..."
 _CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-_POLICY = (
-    "terms of use",
-    "privacy policy",
-    "cookie policy",
-    "uses cookies",
-    "use of cookies",
-    "use cookies",
-)
+_POLICY = "terms of use, privacy policy, cookie policy, uses cookies, use of cookies, use cookies"
 # A mark, closing quotes or brackets, white space, and what may begin a sentence. Titles and
 # initials end in a full stop within one.
 _BOUNDARY = re.compile(
@@ -63,7 +56,7 @@ def clean(text: str, rules: Rules, bad: re.Pattern[str] | None) -> tuple[str, st
     sentences = 0
     # most pages hold none of these: one look at the page saves one at each of its lines
     whole = text.lower()
-    suspects = [w for w in ("lorem ipsum", "javascript", *_POLICY) if w in whole]
+    suspects = [w for w in ("lorem ipsum", "javascript", *_POLICY.split(", ")) if w in whole]
     for line in text.splitlines():
         line = line.strip()
         if len(line) > MAX_WORD_CHARS and max(map(len, line.split())) > MAX_WORD_CHARS:
