@@ -57,11 +57,9 @@ def main(argv: Sequence[str]) -> None:
     if output.suffix not in (".html", ".htm") or output.is_dir():
         raise UserError(f"--output is {output}, expected a file name that ends in .html")
     found = lineage.sources(clean)
-    try:
+    with cli.as_user_error("--tokenizer", ValueError):
         model = Path(a.tokenizer, "tokenizer.model")
         tokenizer = Tokenizer(model if model.is_file() else a.tokenizer) if a.tokenizer else None
-    except ValueError as error:
-        raise UserError(f"--tokenizer: {error}") from error
     entries, looks = {}, {}
     for name, stages in found.items():
         entries[name], looks[name] = look(stages, tokenizer, a.read)

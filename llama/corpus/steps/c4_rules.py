@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 from llama.corpus.document import Document, Item, Noted
 
 
@@ -101,10 +101,8 @@ def bad_word_pattern(path: str) -> re.Pattern[str]:
     So a word of a script without spaces is found inside a line. Raises `UserError` for a file that
     cannot be read or holds no word.
     """
-    try:
+    with as_user_error(f"bad_words {path} cannot be read", OSError, UnicodeDecodeError):
         words = sorted({line.strip().lower() for line in Path(path).read_text("utf-8").split("\n")})
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"bad_words {path} cannot be read: {error}") from error
     if not any(words):
         raise UserError(f"bad_words {path} holds no word")
     return re.compile(f"(?<![a-z])(?:{'|'.join(map(re.escape, filter(None, words)))})(?![a-z])")
