@@ -24,7 +24,7 @@ def seeded(rng: random.Random) -> None:
 def model(cfg: ModelConfig, dtype: torch.dtype = torch.float32, mode: str = "none") -> Transformer:
     made = Transformer(cfg, "sdpa")
     made.init_weights(0)
-    recompute.apply(made, mode)
+    recompute.apply(made, [mode] * cfg.n_layers)
     return made.to(dtype)
 
 

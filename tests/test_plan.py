@@ -20,10 +20,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from llama import config, costs, optim
 from llama.cli import UserError
-from llama.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from llama.config import Bytes, Config, Count, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llama.costs import CHIPS, Layout
 from llama.model import Transformer
 from llama.parallel import apply
+from llama.parallel.layout import divisors, nearest, resolve
 from llama.plan import layouts, published, speed
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +42,18 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
     cfg = Config(
         model=model_cfg,
         data=DataConfig(seq_len=at.seq_len),
-        train=TrainConfig(compile=False, dtype=dtype),
-        parallel=ParallelConfig(at.replicate, at.shard, recompute=at.recompute),  # type: ignore[arg-type]
+        train=TrainConfig(
+            batch_tokens=Count(windows * world * at.seq_len),
+            micro_batch=at.micro_batch,
+            dtype=dtype,
+            compile=False,
+        ),
+        parallel=ParallelConfig(
+            at.replicate,
+            at.shard,
+            recompute=at.recompute,  # type: ignore[arg-type]
+            budget=Bytes(at.budget) or None,
+        ),
     )
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
@@ -201,7 +212,7 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
         assert at.gpus == 2048 and layouts.fits(plan, A100)
         assert 2048 % (at.replicate * at.shard) == 0 == 64 % at.tensor == 2048 % at.context
         sizes = {k: getattr(at, k) for k in ("replicate", "shard", "tensor", "context")}
-        assert layouts.resolve(run_config(**sizes), 2048).gpus == 2048
+        assert resolve(run_config(**sizes), 2048).gpus == 2048
 
 
 @pytest.mark.parametrize(
@@ -210,20 +221,37 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
         (
             {"replicate": 31, "shard": 64},
             2048,
-            "do not make 2048 GPUs: parallel.replicate 32 would",
+            "do not make a world of 2048: parallel.replicate 32 would",
         ),
-        ({"shard": 48}, 2048, "parallel.shard 32 or 64 with parallel.replicate -1 would"),
+        (
+            {"replicate": 1, "shard": 48},
+            2048,
+            "parallel.shard 32 or 64 with parallel.replicate -1 would",
+        ),
         ({"replicate": -1, "shard": 48}, 2048, "parallel.shard 32 or 64 with"),
-        ({"tensor": 3}, 3, "tensor 3 does not divide model.n_heads 64: parallel.tensor 2 or 4"),
-        ({"context": 7}, 14, "7 pieces do not divide data.seq_len 2048: parallel.context 4 or 8"),
-        ({}, 3000, "2048 windows .* = 3000: 3000 windows would, or replicate x shard 2048"),
+        (
+            {"tensor": 3, "shard": 1},
+            3,
+            "tensor 3 does not divide model.n_heads 64: parallel.tensor 2 or 4",
+        ),
+        (
+            {"context": 7, "shard": 2},
+            14,
+            "7 pieces do not divide data.seq_len 2048: parallel.context 4 or 8",
+        ),
+        (
+            {"replicate": 1, "shard": -1},
+            3000,
+            "2048 windows .* = 3000: train.batch_tokens 6144000 would, or replicate x shard 2048",
+        ),
+        ({"tensor": 3, "shard": 1}, 8, "parallel.tensor x context 2 or 4 would"),
     ],
 )
 def test_what_does_not_divide_is_named_with_what_would(
     parallel: dict[str, Any], gpus: int, said: str
 ) -> None:
     with pytest.raises(UserError, match=said) as raised:
-        layouts.resolve(run_config(**parallel), gpus)
+        resolve(run_config(**parallel), gpus)
     assert "\n" not in str(raised.value)
 
 
@@ -240,7 +268,7 @@ def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:
     cfg.parallel.recompute = found[2]  # type: ignore[assignment]
     assert layouts.fits(layouts.configured(cfg, 8, A100, 0.78), A100)
     with pytest.raises(UserError, match="16 GPUs of parallel.shard 16 takes"):
-        layouts.configured(run_config("llama_65b"), 8, A100, 0.78)
+        layouts.configured(run_config("llama_65b", shard=8), 8, A100, 0.78)
 
 
 def test_what_a_run_is_held_to() -> None:
@@ -253,9 +281,9 @@ def test_what_a_run_is_held_to() -> None:
 
 
 def test_nearest() -> None:
-    assert layouts.nearest(5, [1, 4, 8, 16]) == "4 or 8"
-    assert layouts.nearest(9, [8]) == "8" and layouts.nearest(1, []) == "none"
-    assert layouts.divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert nearest(5, [1, 4, 8, 16]) == "4 or 8"
+    assert nearest(9, [8]) == "8" and nearest(1, []) == "none"
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 # -- the command -----------------------------------------------------------------------------------

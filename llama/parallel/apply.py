@@ -3,6 +3,7 @@ tensor/sequence parallel, recompute, compile, FSDP. The model file knows nothing
 """
 
 import shutil
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ from torch import nn
 
 from llama import costs
 from llama.config import Config
-from llama.parallel import fsdp, recompute
+from llama.parallel import fsdp, layout, recompute
 
 # What compiling gains and takes on a CPU, measured on 1 core with 7M parameters: a share of a step,
 # and CPU seconds to the end of the first step and of the first validation.
@@ -24,15 +25,15 @@ def apply(model: nn.Module, cfg: Config, device: torch.device, dtype: torch.dtyp
     Returns the number of processes its gradients are averaged over (1 where FSDP is not needed:
     one process training in float32 is left a plain module).
     """
-    recompute.apply(model, cfg.parallel.recompute)
     world = dist.get_world_size()
+    at = layout.resolve(cfg, world, device.type == "cuda")
+    recompute.apply(model, costs.modes(cfg.model, replace(at, element_bytes=dtype.itemsize)))
     plain = world == 1 and dtype == torch.float32
     worth = device.type == "cuda" or (plain and worth_compiling(cfg))
     if cfg.train.compile is True or (cfg.train.compile == "auto" and worth):
         for block in model.layers:  # type: ignore[union-attr]
             block.compile()
     if plain:
-        fsdp.layout(cfg.parallel, world)
         return 1
     fsdp.apply(model, fsdp.mesh(cfg.parallel, device.type), dtype)
     return world
