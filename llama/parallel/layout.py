@@ -115,6 +115,6 @@ def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
     if p.recompute == "budget" and (least := costs.kept(m, at)) > at.budget:
         raise UserError(
             f"parallel.budget {show_bytes(at.budget)} is too small for train.micro_batch {micro}: "
-            f"with all blocks recomputed {show_bytes(least)} are kept"
+            f"with all blocks full it takes {show_bytes(least)}"
         )
     return at
