@@ -6,9 +6,10 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 """
 
 import gc
-import os
+import math
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from llama.convert.load import load_weights, recognise
 from llama.data import loader, mixture, schedule, shards
 from llama.doctor import refuse_clashes
 from llama.model import Transformer
-from llama.parallel import apply, fsdp
-from llama.plan import layouts
+from llama.parallel import apply, fsdp, layout
+from llama.plan import dry, layouts
 from llama.runtime import console, folder, metrics, oom, signals, world
 from llama.runtime.state import State, Step, resume, save
 
@@ -121,9 +122,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     sources = open_data(cfg)
     plan = schedule.plan(cfg, sources)
     place = fsdp.place(cfg.parallel, here.device.type)
-    micro_batch = fitting_micro_batch(
-        cfg, here, place.data_size, [s.batch_windows for s in plan.segments]
-    )
+    micro_batch = fitting_micro_batch(cfg, here)
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
     backend = attention.choose(
@@ -131,7 +130,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     )
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)
-    averaged_over = apply.apply(model, cfg, place, dtype)
+    chosen = replace(cfg, train=replace(cfg.train, micro_batch=micro_batch))
+    averaged_over = apply.apply(model, chosen, place, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
@@ -174,26 +174,17 @@ def open_data(cfg: Config) -> dict[str, shards.Source]:
     return sources
 
 
-def fitting_micro_batch(cfg: Config, here: world.World, data_size: int, batches: list[int]) -> int:
-    """Windows per forward pass: what was asked for, else what is known to fit."""
-    for windows in batches:
-        if windows % data_size:
-            raise UserError(
-                f"a batch of {windows} windows (train.batch_tokens / data.seq_len) does not divide "
-                f"over {data_size} processes: take a multiple of {cfg.data.seq_len * data_size}"
-            )
-    share = batches[-1] // data_size
+def fitting_micro_batch(cfg: Config, here: world.World) -> int:
+    """Windows per forward pass: what was asked for, else the most that is planned to fit."""
+    on_gpu = here.device.type == "cuda"
+    at = layout.resolve(cfg, here.size, on_gpu)
     if cfg.train.micro_batch != "auto":
-        return min(cfg.train.micro_batch, share)
-    if here.device.type == "cuda":
+        return at.micro_batch
+    if on_gpu:
         free, _ = torch.cuda.mem_get_info(here.device)
-        states = 16 * costs.parameters(cfg.model) / here.size
-        window_bytes = cfg.data.seq_len * costs.activation_bytes_per_token(cfg.model)
-        fits = int(0.8 * (free - states) / window_bytes)
-    else:
-        # beyond this a CPU's caches gain nothing
-        fits = 8192 // cfg.data.seq_len
-    return max(m for m in range(1, share + 1) if share % m == 0 and m <= max(fits, 1))
+        return layouts.fitting(cfg, at, free, most=layout.share(cfg, at))
+    # beyond this a CPU's caches gain nothing
+    return layouts.fitting(cfg, at, math.inf, most=8192 // cfg.data.seq_len)
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -201,6 +192,8 @@ def fitting_micro_batch(cfg: Config, here: world.World, data_size: int, batches:
 
 def train(cfg: Config) -> int:
     """Train until the last step or until asked to stop. Returns the exit code."""
+    open_data(cfg)  # knows the vocabulary
+    layouts.refuse(cfg, world.launched()[1], world.chip(world.own_device()))
     here = world.start()
     stop = signals.Stop()
     run = folder.RUNS / cfg.name
@@ -286,8 +279,10 @@ def loop(state: State, stop: signals.Stop) -> str | None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-def dry_run(cfg: Config) -> None:
-    """Build the model on the meta device and print what the run would be; nothing is written."""
+def dry_run(cfg: Config, gpus: int | None) -> None:
+    """Build the model on the meta device and print what the run would be, and on so many GPUs what
+    each would hold; nothing is written.
+    """
     counts = None
     if Path(cfg.data.path).is_dir():
         counts = {name: source.n_tokens for name, source in open_data(cfg).items()}
@@ -296,6 +291,7 @@ def dry_run(cfg: Config) -> None:
         print("no shards yet: a vocabulary of 32,000 is assumed")
     with torch.device("meta"):
         model = Transformer(cfg.model, attention="reference")
+    spread = f"\n\n{dry.spread(cfg, gpus)}" if gpus else ""
     causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
     size, free = costs.checkpoint_bytes(cfg.model), files.free_bytes(folder.RUNS)
     rows = [
@@ -310,23 +306,27 @@ def dry_run(cfg: Config) -> None:
     print(cli.table((cfg.name, ""), rows))
     print()
     assert isinstance(cfg.data.mixture, dict)
-    print(mixture.plan_table(cfg.data.mixture, int(cfg.train.tokens), counts))
+    print(mixture.plan_table(cfg.data.mixture, int(cfg.train.tokens), counts) + spread)
 
 
 def main(argv: list[str]) -> int:
     """Parse, then train or describe. Under torchrun rank 0 tells a user's error for all."""
     parser = config.parser("torchrun train.py")
     parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
+    parser.add_argument("--gpus", type=int | None, help="Of a dry run: spread it over so many.")
     try:
         refuse_clashes()
         cfg = config.load(argv, parser)
-        if "--dry_run" in argv or "--dry-run" in argv:
-            dry_run(cfg)
+        given = parser.parse_args(argv)
+        if given.gpus is not None and (given.gpus < 1 or not given.dry_run):
+            raise UserError(f"--gpus is {given.gpus}, expected 1 or more and --dry_run with it")
+        if given.dry_run:
+            dry_run(cfg, given.gpus)
             return 0
         return train(cfg)
     except UserError as error:
         # a rank that runs out of memory may be the only one to know
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, oom.OutOfMemory):
+        if world.launched()[0] and not isinstance(error, oom.OutOfMemory):
             _wait_to_be_ended()
         raise
     finally:

@@ -19,7 +19,7 @@ from jsonargparse.typing import register_type
 from llama import cli, files, limits
 from llama.cli import UserError
 
-Recompute = Literal["none", "manual", "selective", "full"]
+Recompute = Literal["none", "manual", "selective", "full", "budget"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -27,7 +27,12 @@ class Count(int):
     """A whole number that may be written 4M, 1.4T or 1.4e12."""
 
 
+class Bytes(int):
+    """A number of bytes that may be written 20e9, 20GB or 512 MB, in powers of ten."""
+
+
 register_type(Count, serializer=int, deserializer=lambda value: Count(cli.count(value)))
+register_type(Bytes, serializer=int, deserializer=lambda value: Bytes(cli.byte_count(value)))
 
 
 @dataclass
@@ -153,7 +158,9 @@ class ParallelConfig:
         shard: Processes that share one copy (FSDP).
         tensor: Processes that share each matrix (tensor and sequence parallel).
         context: Processes that share each sequence.
-        recompute: What the backward pass computes again instead of keeping.
+        recompute: What the backward pass computes again instead of keeping; budget mixes none,
+            manual and full by block.
+        budget: Bytes that recompute budget may keep for the backward pass per process (20GB).
     """
 
     replicate: int = 1
@@ -161,6 +168,7 @@ class ParallelConfig:
     tensor: int = 1
     context: int = 1
     recompute: Recompute = "none"
+    budget: Bytes | None = None
 
 
 @dataclass

@@ -33,7 +33,7 @@ def check(cfg: dict[str, Any]) -> None:
     `cfg` is the nested configuration as it is written to YAML, with every key present.
     """
     for key, value in _numbers(cfg):
-        if key.startswith("parallel."):
+        if key.startswith("parallel.") and key != "parallel.budget":
             good, expected = value == -1 or value >= 1, "1 or more, or -1 for the rest"
         elif key in SHARES:
             top = 1 if "betas" not in key else 1 - 1e-9
@@ -66,6 +66,11 @@ def check(cfg: dict[str, Any]) -> None:
         check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
         raise UserError("only one of the parallel sizes may be -1")
+    if (p["recompute"] == "budget") != (p["budget"] is not None):
+        raise UserError(
+            f"parallel.recompute is {p['recompute']} and parallel.budget {p['budget']}: "
+            "recompute budget needs the bytes to keep (20GB), and nothing else does"
+        )
 
 
 def _check_rope_scaling(scaling: dict[str, str | float]) -> None:

@@ -1,17 +1,21 @@
 """Every mode of recompute gives the gradients of `none`, and keeps the bytes that are promised."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from made_kernels import Exchange, in_threads
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
 
 from llama import costs
 from llama.cli import UserError
-from llama.config import ModelConfig
+from llama.config import Bytes, Config, ModelConfig
+from llama.costs import Layout
 from llama.model import Transformer, TransformerBlock
 from llama.parallel import manual, recompute
+from llama.parallel.layout import resolve
 
 MODES = ("none", "manual", "selective", "full")
 
@@ -24,7 +28,7 @@ def seeded(rng: random.Random) -> None:
 def model(cfg: ModelConfig, dtype: torch.dtype = torch.float32, mode: str = "none") -> Transformer:
     made = Transformer(cfg, "sdpa")
     made.init_weights(0)
-    recompute.apply(made, mode)
+    recompute.apply(made, [mode] * cfg.n_layers)
     return made.to(dtype)
 
 
@@ -161,3 +165,62 @@ def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
         else:
             joined = torch.cat([a, b], int(name.endswith(("wo.weight", "w2.weight"))))
         torch.testing.assert_close(joined, whole, msg=name)
+
+
+# -- a budget --------------------------------------------------------------------------------------
+
+
+def held(made: Transformer, tokens: Tensor) -> tuple[int, Tensor]:
+    """Bytes that live between the forward and the backward pass besides weights, and the loss."""
+    tracker = MemTracker()
+    tracker.track_external(made)
+    with tracker:
+        losses, _ = made(tokens[:, :-1], tokens[:, 1:])
+        total = tracker.get_tracker_snapshot()[tokens.device]["Total"]
+    return total - sum(p.nbytes for p in made.parameters()), losses
+
+
+def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Random) -> None:
+    seen = set()
+    for share in (0.1, 0.4, 0.6, 0.8, 0.9, 1.05):
+        heads = rng.choice([2, 4])
+        cfg = ModelConfig(32 * heads, rng.randrange(3, 7), heads, vocab_size=64)
+        at = Layout(64 * rng.randrange(1, 4), 2, recompute="budget", element_bytes=4)
+        least, most = (costs.kept(cfg, replace(at, recompute=mode)) for mode in ("full", "none"))
+        share += rng.uniform(-0.05, 0.05)
+        at = replace(at, budget=int(least + share * (most - least)))
+        modes = costs.modes(cfg, at)
+        seen |= set(modes)
+        made = Transformer(cfg, "sdpa")
+        made.init_weights(0)
+        recompute.apply(made, modes)
+        tokens = torch.randint(64, (2, at.seq_len + 1))
+        size, losses = held(made, tokens)
+        blocks = {mode: costs.kept_by_blocks(cfg, at, mode) for mode in ("full", "manual", "none")}
+        # losses, counts and token ids of two windows are not worth a line in the arithmetic
+        assert size <= at.budget + 64, (modes, size, at)
+        assert abs(size - costs.kept(cfg, at)) <= 0.01 * size, (modes, size, costs.kept(cfg, at))
+        if "full" in modes:
+            assert size + blocks["manual"] - blocks["full"] > 0.99 * at.budget
+            # fewest products again: no block keeps more than manual while another is full
+            assert "none" not in modes or at.budget - size < blocks["manual"] - blocks["full"]
+        elif "manual" in modes:
+            assert size + blocks["none"] - blocks["manual"] > 0.99 * at.budget
+        losses.sum().backward()
+        expected = gradients(model(cfg), tokens, None)
+        for name, p in made.named_parameters():
+            assert p.grad is not None and torch.equal(p.grad, expected[name]), (name, modes)
+    assert len(seen) == 3, seen
+
+
+def test_a_budget_that_holds_nothing_is_told_the_least() -> None:
+    cfg = Config(model=ModelConfig(dim=64, n_layers=3, n_heads=2, vocab_size=64))
+    cfg.parallel.recompute, cfg.parallel.budget = "budget", Bytes(1000)
+    with pytest.raises(UserError, match="budget 1.0 kB .* train.micro_batch 1: .* 379.9 kB"):
+        resolve(cfg, 1, on_gpu=False)
+    at = Layout(256, recompute="full", element_bytes=4)
+    cfg.parallel.budget = Bytes(costs.kept(cfg.model, at))
+    assert costs.modes(cfg.model, resolve(cfg, 1, on_gpu=False)) == ["full"] * 3
+    cfg.parallel.budget = Bytes(cfg.parallel.budget - 1)
+    with pytest.raises(UserError, match="too small"):
+        resolve(cfg, 1, on_gpu=False)

@@ -3,13 +3,14 @@ tensor/sequence parallel, recompute, compile, FSDP. The model file knows nothing
 """
 
 import shutil
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from llama import costs
 from llama.config import Config
-from llama.parallel import context, fsdp, recompute, tensor
+from llama.parallel import context, fsdp, layout, recompute, tensor
 from llama.parallel.fsdp import Place
 
 # What compiling gains and takes on a CPU, measured on 1 core with 7M parameters: a share of a step,
@@ -31,9 +32,12 @@ def apply(model: nn.Module, cfg: Config, place: Place, dtype: torch.dtype) -> in
         seams = tensor.apply(model, mesh["tensor"])
     if place.context is not None:
         context.apply(model, place.context)
-    recompute.apply(model, cfg.parallel.recompute, *seams)
+    on_gpu = mesh.device_type == "cuda"
+    at = layout.resolve(cfg, mesh.size(), on_gpu)
+    modes = costs.modes(cfg.model, replace(at, element_bytes=dtype.itemsize))
+    recompute.apply(model, modes, *seams)
     plain = mesh.size() == 1 and dtype == torch.float32
-    worth = mesh.device_type == "cuda" or (plain and worth_compiling(cfg))
+    worth = on_gpu or (plain and worth_compiling(cfg))
     if cfg.train.compile is True or (cfg.train.compile == "auto" and worth):
         for block in model.layers:  # type: ignore[union-attr]
             block.compile()

@@ -4,7 +4,6 @@ Replicas of the sharded model (HSDP) are a second mesh dimension. Gradients are 
 the loop scales the loss by ranks / (tokens of the batch), so that this is the mean over tokens.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,23 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from llama.cli import UserError
 from llama.config import ParallelConfig
-from llama.parallel import context
-
-
-def sizes(cfg: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Processes by what they share, outermost first, with -1 filled in.
-
-    Raises `UserError` where they do not give the world.
-    """
-    found = {name: getattr(cfg, name) for name in ("replicate", "shard", "context", "tensor")}
-    known = math.prod(n for n in found.values() if n != -1)
-    found = {name: world_size // known if n == -1 else n for name, n in found.items()}
-    if math.prod(found.values()) != world_size:
-        asked = " x ".join(f"parallel.{name} {getattr(cfg, name)}" for name in found)
-        raise UserError(f"{asked} do not make the {world_size} processes of this run")
-    return found
+from llama.parallel import context, layout
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Place:
 
 def place(cfg: ParallelConfig, device_type: str) -> Place:
     """Make the groups of a layout; all processes call it together."""
-    n = sizes(cfg, dist.get_world_size())
+    n = layout.sizes(cfg, dist.get_world_size())
     data_size, rank = n["replicate"] * n["shard"], dist.get_rank()
     dims = {
         "replicate": n["replicate"],

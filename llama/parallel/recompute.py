@@ -4,9 +4,12 @@ none        nothing
 manual      norms and SwiGLU's product, in a backward pass by hand (manual.py): the paper's way
 selective   all but the outputs of matrix products and of attention, by torch
 full        everything: a block keeps its input alone
+budget      full, manual and none, block by block, so that what is kept fits a number of bytes
+            (`llama.costs.modes` chooses)
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -27,19 +30,16 @@ DEAR = [
 ]
 
 
-def apply(model: nn.Module, mode: str, *seams: Seam) -> None:
-    """Set up every block of the model in place; its forward is wrapped, so no name changes.
+def apply(model: nn.Module, modes: Sequence[str], *seams: Seam) -> None:
+    """Set up every block of the model in place, each with its mode; no name changes.
 
     `seams` are those of tensor.py where a sequence is divided.
     """
-    if mode == "none":
-        return
     again = functools.partial(checkpoint, use_reentrant=False)
-    if mode == "selective":
-        contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
-        again = functools.partial(again, context_fn=contexts)
-    for block in model.layers:  # type: ignore[union-attr]
+    contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
+    wrappers = {"full": again, "selective": functools.partial(again, context_fn=contexts)}
+    for block, mode in zip(model.layers, modes, strict=True):  # type: ignore[arg-type]
         if mode == "manual":
             manual.apply(block, *seams)
-        else:
-            block.forward = functools.partial(again, block.forward)
+        elif mode != "none":
+            block.forward = functools.partial(wrappers[mode], block.forward)
