@@ -200,7 +200,8 @@ def newest_order(run: Path, cfg: config.Config) -> tuple[Order, int] | None:
         return None
     state = files.read_json(path)
     try:
-        return Order(cfg.seed, from_json(state["segments"])), int(state["step"])
+        segments = schedule.segments(state, schedule.rewinds(run))
+        return Order(cfg.seed, from_json(segments)), int(state["step"])
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{path} is not what train.py writes: {error!r}") from error
 

@@ -16,6 +16,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,16 @@ def prune(run: str | Path, keep: int) -> None:
         faults.point("ckpt.trashed", trash)
         shutil.rmtree(trash, ignore_errors=True)
         faults.point("ckpt.pruned")
+
+
+def abandon(run: str | Path, step: int, branch: int) -> None:
+    """Rename the checkpoints after a step that were saved before this rewind, oldest first."""
+    for number, path in steps(run):
+        # what cannot be read is found damaged when it is to be loaded
+        with suppress(UserError):
+            if number > step and read_state(path).get("branch", 0) < branch:
+                path.rename(_free_name(path.parent, "abandoned"))
+    files.fsync_folder(folder(run))
 
 
 def sweep(run: str | Path) -> None:
