@@ -10,6 +10,7 @@ import math
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from kernels import attention
-from llama import cli, config, costs, files, optim
+from llama import cli, config, costs, faults, files, optim
 from llama.cli import UserError, show_bytes, show_count
 from llama.config import Config
 from llama.convert.load import load_weights, recognise
@@ -27,7 +28,8 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, signals, world
+from llama.runtime import console, folder, metrics, oom, signals, watch, world
+from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
 # by then neither compiling nor the first reads show in the speed
@@ -41,10 +43,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     """One optimizer step on this rank's windows: `tokens` (n, T+1) and their source index (n,).
 
-    Nothing here waits for the device. A non-finite loss or gradient on any rank leaves parameters
-    and moments of every rank as they are.
+    Nothing here waits for the device. A non-finite loss or gradient on any rank, or a spike that is
+    to be skipped, leaves parameters and moments of every rank as they are.
     """
     cfg, device = state.cfg, state.world.device
+    faults.point("step.begun", step=state.step + 1)
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
@@ -58,20 +61,24 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
         if state.place.tensor_rank == 0:
             stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
+    faults.point("step.graded", next(state.model.parameters()).grad, step=state.step + 1)
     loss_sum, valid = stats.sum(dim=0)
     state.saver.before_update()
+    # a batch may hold no target at all
+    valid = valid.clamp(min=1)
+    loss = loss_sum / valid
     norm, found_inf = optim.step(
         state.optimizer,
         lr=optim.learning_rate(cfg.optim, state.step, state.steps),
         clip=cfg.optim.clip,
         # masked targets make the mean one over fewer tokens than the constant assumed
-        grad_factor=nominal / valid.clamp(min=1),
-        loss=loss_sum,
+        grad_factor=nominal / valid,
+        judge=partial(state.guard.judge, loss),
     )
     state.optimizer.zero_grad(set_to_none=True)
     state.window += torch.where(found_inf.bool(), 0.0, stats)
     state.step += 1
-    return Step(loss_sum / valid, norm)
+    return Step(loss, norm)
 
 
 def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +160,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
         dtype=dtype,
         backend=backend,
         window=torch.zeros(len(plan.names), 2, dtype=torch.float64, device=here.device),
+        guard=Guard(cfg.guard, here),
     )
 
 
@@ -226,7 +234,9 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     """Steps until the end. Returns the signal that stopped it early, or None."""
     cfg, here = state.cfg, state.world
     log = (
-        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg)) if here.leads else None
+        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg), state.guard.branch)
+        if here.leads
+        else None
     )
     console.announce(state)
     gc.collect()
@@ -242,10 +252,13 @@ def loop(state: State, stop: signals.Stop) -> str | None:
         return place.data_rank * each, (place.data_rank + 1) * each
 
     asked = None
-    for number, tokens, source in reader.steps(state.step, state.steps, share):
+    for number, tokens, source in watch.batches(state, reader, share):
         assert number == state.step
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
+        if watch.rewound(state):
+            clock.read(state.tokens, reader.waited_s)
+            continue
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
@@ -261,7 +274,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             here.say(metrics.validation_line(state.step, losses))
             row |= {f"val/{name}": loss for name, loss in losses.items()}
         if row and log:
-            log.row(state.step, {"tokens": state.tokens, **row})
+            log.row(state.step, {"branch": state.guard.branch, "tokens": state.tokens, **row})
         if state.step % cfg.checkpoint.every == 0 or last or asked:
             with clock.paused():
                 saved = save(state, wait=last or bool(asked))

@@ -220,6 +220,35 @@ class ValidationConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What happens about numbers that cannot be right.
+
+    Args:
+        spike: What follows a spike of the loss or the gradient norm: off (a warning), skip (the
+            step changes nothing), rewind (to an older checkpoint, then past the batches around it).
+        sigma: Standard deviations above the last steps from which on it is a spike.
+        window: Steps that these are; half of them must have been seen.
+        rewind_steps: How far before the spike the checkpoint is to lie, where there is one.
+        skip_steps: Batches that a rewind passes over, half of them before the spike.
+        rewinds: Most rewinds to the same checkpoint.
+        patience: Steps in a row that may change nothing before the run stops.
+        replicas_every: Steps between comparisons of what several processes hold; 0 for none.
+    """
+
+    spike: Literal["off", "skip", "rewind", False] = "off"
+    sigma: float = 6.0
+    window: int = 128
+    rewind_steps: int = 100
+    skip_steps: int = 200
+    rewinds: int = 3
+    patience: int = 20
+    replicas_every: int = 100
+
+    def __post_init__(self) -> None:
+        self.spike = self.spike or "off"  # YAML reads a bare off as false
+
+
+@dataclass
 class LogConfig:
     """Where numbers go besides metrics.jsonl.
 
@@ -253,6 +282,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -262,6 +292,7 @@ FREE_KEYS = (
     "log.",
     "validation.",
     "checkpoint.",
+    "guard.",
     "parallel.",
     "kernels.",
     "train.micro_batch",

@@ -25,11 +25,12 @@ VARIABLE = "LLAMA_FAULTS"
 _PLACES = {
     "start": "joined",
     "file": "opened written synced renamed",
+    "step": "begun graded",
     "ckpt": "staged folder written hashed state listed synced aside renamed named"
     " protected trashed pruned",
 }
 POINTS = [f"{place}.{done}" for place, words in _PLACES.items() for done in words.split()]
-ACTIONS = ("kill", "raise", "hang", "flip", "nan")
+ACTIONS = ("kill", "raise", "hang", "flip", "nan", "spike")
 
 
 class Fault(RuntimeError):
@@ -81,7 +82,7 @@ class _Armed:
             self.spoil(value)
 
     def spoil(self, value: Any) -> None:
-        """Flip one bit of a file or a tensor, or make one element of a tensor NaN."""
+        """Flip one bit of a file or a tensor, make one element of a tensor NaN, or all 1000 x."""
         if isinstance(value, str | Path):
             data = bytearray(Path(value).read_bytes())
             data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
@@ -91,7 +92,9 @@ class _Armed:
 
         assert isinstance(value, torch.Tensor), f"{self.point} has nothing to {self.action}"
         local = getattr(value.detach(), "_local_tensor", value.detach()).view(-1)
-        if self.action == "nan":
+        if self.action == "spike":
+            local.mul_(1000)
+        elif self.action == "nan":
             local[self.random.randrange(len(local))] = float("nan")
         else:
             bits = local.view(torch.uint8)

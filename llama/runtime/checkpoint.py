@@ -16,7 +16,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,16 @@ def protect(path: Path, why: str) -> None:
     """Keep a checkpoint although newer ones come, also over restarts; rank 0 only."""
     files.write_atomic(path / KEEP, why + "\n")
     faults.point("ckpt.protected")
+
+
+def abandon(run: str | Path, step: int, branch: int) -> None:
+    """Rename the checkpoints after a step that were saved before this rewind, oldest first."""
+    for number, path in steps(run):
+        # what cannot be read is found damaged when it is to be loaded
+        with suppress(UserError):
+            if number > step and read_state(path).get("branch", 0) < branch:
+                path.rename(_free_name(path.parent, "abandoned"))
+    files.fsync_folder(folder(run))
 
 
 def sweep(run: str | Path) -> None:
