@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from kernels import ops
 from kernels.reference import VocabularyShard
 
-collectives = torch.ops._c10d_functional
 ROWS, COLUMNS = Shard(0), Shard(1)
 PLACES = {
     "tok_embeddings": ROWS, "wq": ROWS, "wk": ROWS, "wv": ROWS, "wo": COLUMNS,
@@ -132,16 +131,19 @@ class ReduceScatter(Function):
 
 
 def _gather(group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    size, name = group.size(), group.group_name
-    parts = collectives.all_gather_into_tensor(x.contiguous(), size, name)
-    return torch.cat(collectives.wait_tensor(parts).chunk(size), dim=1)
+    size, (B, *rest) = group.size(), x.shape
+    parts = x.new_empty(size * B, *rest)
+    dist.all_gather_into_tensor(parts, x.contiguous(), group)
+    return torch.cat(parts.chunk(size), dim=1)
 
 
 def _reduce_scatter(group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    size, name = group.size(), group.group_name
-    parts = torch.cat(x.chunk(size, dim=1))
-    return collectives.wait_tensor(collectives.reduce_scatter_tensor(parts, "sum", size, name))
+    parts = x.chunk(group.size(), dim=1)
+    out = x.new_empty(parts[0].shape)
+    dist.reduce_scatter_tensor(out, torch.cat(parts), group=group)
+    return out
 
 
 def _reduce(group: dist.ProcessGroup, x: Tensor, how: str) -> Tensor:
-    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), how, group.group_name))
+    dist.all_reduce(x, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, group)
+    return x
