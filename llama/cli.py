@@ -8,7 +8,8 @@ import difflib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -38,6 +39,17 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stderr.close()
         code = 0
     sys.exit(code or 0)
+
+
+@contextmanager
+def as_user_error(
+    what: str, *kinds: type[BaseException], show: Callable[[Any], str] = str
+) -> Iterator[None]:
+    """Errors of these kinds become the user's: `what`, a colon, and what they show."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {show(error)}") from error
 
 
 # -- numbers as people write them ------------------------------------------------------------------

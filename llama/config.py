@@ -192,12 +192,16 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
+        keep_every: Steps between checkpoints that are kept for good; null for none.
+        background: Whether a copy is written while training goes on; false needs no memory for it.
         resume: auto takes the newest valid one of the run, never starts a new run only.
         accept_changes: Go on although the configuration changed; the differences are printed.
     """
 
     every: int = 100
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
     resume: Literal["auto", "never"] = "auto"
     accept_changes: bool = False
 
@@ -213,6 +217,35 @@ class ValidationConfig:
 
     every: int = 50
     tokens: Count = Count(65536)
+
+
+@dataclass
+class GuardConfig:
+    """What happens about numbers that cannot be right.
+
+    Args:
+        spike: What follows a spike of the loss or the gradient norm: off (a warning), skip (the
+            step changes nothing), rewind (to an older checkpoint, then past the batches around it).
+        sigma: Standard deviations above the last steps from which on it is a spike.
+        window: Steps that these are; half of them must have been seen.
+        rewind_steps: How far before the spike the checkpoint is to lie, where there is one.
+        skip_steps: Batches that a rewind passes over, half of them before the spike.
+        rewinds: Most rewinds to the same checkpoint.
+        patience: Steps in a row that may change nothing before the run stops.
+        replicas_every: Steps between comparisons of what several processes hold; 0 for none.
+    """
+
+    spike: Literal["off", "skip", "rewind", False] = "off"
+    sigma: float = 6.0
+    window: int = 128
+    rewind_steps: int = 100
+    skip_steps: int = 200
+    rewinds: int = 3
+    patience: int = 20
+    replicas_every: int = 100
+
+    def __post_init__(self) -> None:
+        self.spike = self.spike or "off"  # YAML reads a bare off as false
 
 
 @dataclass
@@ -249,6 +282,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -258,6 +292,7 @@ FREE_KEYS = (
     "log.",
     "validation.",
     "checkpoint.",
+    "guard.",
     "parallel.",
     "kernels.",
     "train.micro_batch",

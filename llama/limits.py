@@ -7,7 +7,13 @@ from typing import Any
 
 from llama.cli import UserError
 
-AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
+AT_LEAST_ZERO = (
+    "seed",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "validation.every",
+    "guard.replicas_every",
+)
 SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
 
 ROPE_SCALINGS = {
@@ -62,6 +68,8 @@ def check(cfg: dict[str, Any]) -> None:
             raise UserError(
                 f"{key} {batch} is not a multiple of data.seq_len {length}; {near} would be"
             )
+    if cfg["guard"]["window"] < 16:
+        raise UserError(f"guard.window is {cfg['guard']['window']}, expected 16 or more")
     if isinstance(d["mixture"], dict):
         check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
@@ -70,10 +78,6 @@ def check(cfg: dict[str, Any]) -> None:
         raise UserError(
             f"parallel.recompute is {p['recompute']} and parallel.budget {p['budget']}: "
             "recompute budget needs the bytes to keep (20GB), and nothing else does"
-        )
-    if (p["tensor"], p["context"]) != (1, 1):
-        raise UserError(
-            f"parallel.tensor is {p['tensor']} and parallel.context {p['context']}: only 1 is built"
         )
 
 

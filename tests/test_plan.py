@@ -23,7 +23,7 @@ from llama.cli import UserError
 from llama.config import Bytes, Config, Count, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llama.costs import CHIPS, Layout
 from llama.model import Transformer
-from llama.parallel import apply
+from llama.parallel import apply, fsdp
 from llama.parallel.layout import divisors, nearest, resolve, share, with_micro_batch
 from llama.plan import dry, layouts, published, speed
 
@@ -59,7 +59,8 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
     try:
         with torch.device("meta"):
             model = Transformer(cfg.model, attention="sdpa")
-        averaged = apply.apply(model, cfg, torch.device("cpu"), train.DTYPES[dtype])
+        place = fsdp.place(cfg.parallel, "cpu")
+        averaged = apply.apply(model, cfg, place, train.DTYPES[dtype])
         model.to_empty(device="cpu")
         model.init_weights(0)
         optimizer = optim.build(model, cfg.optim)
@@ -71,6 +72,7 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             optimizer=optimizer,
             steps=100,
             step=0,
+            place=place,
             averaged_over=averaged,
             micro_batch=at.micro_batch,
             window=torch.zeros(1, 2, dtype=torch.float64),

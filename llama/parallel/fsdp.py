@@ -4,37 +4,66 @@ Replicas of the sharded model (HSDP) are a second mesh dimension. Gradients are 
 the loop scales the loss by ranks / (tokens of the batch), so that this is the mean over tokens.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from llama.cli import UserError
 from llama.config import ParallelConfig
+from llama.parallel import context, layout
 
 
-def layout(cfg: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) with -1 filled in. Raises `UserError` where they do not give the world."""
-    replicate, shard = cfg.replicate, cfg.shard
-    known = (replicate if shard == -1 else 1) * (shard if replicate == -1 else 1)
-    if -1 in (replicate, shard) and world_size % known == 0:
-        rest = world_size // known
-        replicate, shard = (rest, shard) if replicate == -1 else (replicate, rest)
-    if replicate * shard != world_size:
-        raise UserError(
-            f"parallel.replicate {cfg.replicate} x parallel.shard {cfg.shard} "
-            f"do not make the {world_size} processes of this run"
-        )
-    return replicate, shard
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the layout.
+
+    Args:
+        weights: What parameters lie on: (replicate,) shard (, tensor). FSDP divides them over the
+            processes of a sequence too.
+        data_rank, data_size: Which share of a batch's windows it trains on.
+        context: The processes that share its sequences, if there are others.
+        tensor_rank: Which part of each matrix it has. All of a tensor group know the same losses,
+            so that only those of the first count.
+    """
+
+    weights: DeviceMesh
+    data_rank: int
+    data_size: int
+    context: dist.ProcessGroup | None
+    tensor_rank: int
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of (B, T) sequences."""
+        if self.context is None:
+            return whole
+        return context.part(whole, self.context.rank(), self.context.size())
 
 
-def mesh(cfg: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh FSDP runs on: (shard,) or (replicate, shard)."""
-    replicate, shard = layout(cfg, dist.get_world_size())
-    if replicate == 1:
-        return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def place(cfg: ParallelConfig, device_type: str) -> Place:
+    """Make the groups of a layout; all processes call it together."""
+    n = layout.sizes(cfg, dist.get_world_size())
+    data_size, rank = n["replicate"] * n["shard"], dist.get_rank()
+    dims = {
+        "replicate": n["replicate"],
+        "shard": n["shard"] * n["context"],
+        "tensor": n["tensor"],
+    }
+    dims = {name: size for name, size in dims.items() if size > 1 or name == "shard"}
+    group = None
+    if n["context"] > 1:
+        shape = data_size, n["context"], n["tensor"]
+        names = ("data", "context", "tensor")
+        group = init_device_mesh(device_type, shape, mesh_dim_names=names).get_group("context")
+    return Place(
+        weights=init_device_mesh(device_type, tuple(dims.values()), mesh_dim_names=tuple(dims)),
+        data_rank=rank // (n["context"] * n["tensor"]),
+        data_size=data_size,
+        context=group,
+        tensor_rank=rank % n["tensor"],
+    )
 
 
 def apply(model: nn.Module, device_mesh: DeviceMesh, dtype: torch.dtype) -> None:

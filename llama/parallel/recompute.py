@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llama.parallel import manual
+from llama.parallel.tensor import Seam
 
 aten, llama = torch.ops.aten, torch.ops.llama
 # What is dear to compute. Attention's operators are those that sdpa and the Triton kernels end in.
@@ -29,13 +30,16 @@ DEAR = [
 ]
 
 
-def apply(model: nn.Module, modes: Sequence[str]) -> None:
-    """Set up every block of the model in place, each with its mode; no name changes."""
+def apply(model: nn.Module, modes: Sequence[str], *seams: Seam) -> None:
+    """Set up every block of the model in place, each with its mode; no name changes.
+
+    `seams` are those of tensor.py where a sequence is divided.
+    """
     again = functools.partial(checkpoint, use_reentrant=False)
     contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
     wrappers = {"full": again, "selective": functools.partial(again, context_fn=contexts)}
     for block, mode in zip(model.layers, modes, strict=True):  # type: ignore[arg-type]
         if mode == "manual":
-            manual.apply(block)
+            manual.apply(block, *seams)
         elif mode != "none":
             block.forward = functools.partial(wrappers[mode], block.forward)

@@ -18,7 +18,7 @@ from llama.cli import UserError, show_bytes
 from llama.config import Config
 from llama.costs import Layout
 from llama.model import Transformer
-from llama.parallel import apply
+from llama.parallel import apply, fsdp
 from llama.parallel.layout import resolve
 
 
@@ -52,7 +52,7 @@ def _held(cfg: Config, at: Layout, rank: int) -> dict[str, int]:
         model = Transformer(cfg.model, attention="reference")
     # on a GPU, unlike on this machine, auto is bfloat16
     dtype = torch.float32 if at.element_bytes == 4 else torch.bfloat16
-    apply.apply(model, cfg, torch.device("cpu"), dtype)
+    apply.apply(model, cfg, fsdp.place(cfg.parallel, "cpu"), dtype)
     _check(model, cfg, at, rank)
     moments = optim.state_tensors(optim.build(model, cfg.optim), model).values()
     return {

@@ -16,18 +16,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama import faults
+
 START_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `control` carries decisions and saves, on CPU tensors only."""
+    """Where this process stands. `control` carries decisions, on CPU tensors only.
+
+    `saves` carries what a save says beside them, in a thread of its own.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup
+    saves: dist.ProcessGroup
     under_torchrun: bool
 
     @property
@@ -41,7 +47,8 @@ class World:
     def say(self, text: str) -> None:
         """Print once for the whole world."""
         if self.leads:
-            print(text, flush=True)
+            # one write: a save in the background speaks too
+            print(f"{text}\n", end="", flush=True)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -88,12 +95,14 @@ def start() -> World:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if size > 1 else alone))
+    faults.point("start.joined")
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
         device=device,
         control=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
+        saves=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         under_torchrun=under_torchrun,
     )
 
