@@ -112,6 +112,13 @@ def matmul_parameters(cfg: ModelConfig) -> int:
     return cfg.n_layers * _count(matrices) + _count([rest["output"]])
 
 
+def made_again(cfg: ModelConfig, tensor: int = 1) -> list[tuple[int, int]]:
+    """Matrices of a block whose products full recompute makes once more: torch stops before the
+    last, as nothing in the backward pass needs what it gives."""
+    block, _ = shapes(cfg, tensor)
+    return [w for name, w in block.items() if w[1] > 1 and name != "feed_forward.w2"]
+
+
 def parameters(cfg: ModelConfig) -> int:
     """All weights: matrices, embedding, and the gains of two norms a block and one at the end."""
     block, rest = shapes(cfg)

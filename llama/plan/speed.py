@@ -97,15 +97,19 @@ class Step:
 
 
 def step(
-    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int, again: float = 0.0
-) -> Step:
+    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int,
+    again: float = 0.0, stops: bool = True,
+) -> Step:  # fmt: skip
     """The time of a step of `passes` micro-batches.
 
-    `again` is the share of the matrix products that selective recompute makes once more.
+    `again` is the share of the matrix products that selective recompute makes once more, `stops`
+    whether full recompute leaves out what the backward pass does not need, as torch since 2.1.
     """
     e, t, d, f = at.element_bytes, at.tensor, cfg.dim, cfg.hidden_dim
     tokens, L, V = at.tokens, cfg.n_layers, cfg.vocab_size or 0
     block, root = (sum(r * c for r, c in part.values()) for part in costs.shapes(cfg, t))
+
+    full = sum(r * c for r, c in costs.made_again(cfg, t)) if stops else block
 
     def compute(matmul: float, attention: float, moved: float) -> float:
         """Per token: FLOPs of products and of attention, elements read and written, in one GPU."""
@@ -122,7 +126,7 @@ def step(
         "none": 0.0,
         "manual": compute(0, 0, 4 * d / t),
         "selective": compute(2 * again * block, 0, (12 * d + 3 * f) / t),
-        "full": forward,
+        "full": compute(2 * full, dot, (12 * d + 3 * f) / t),
     }
     share = {mode: n / L for mode, n in Counter(costs.modes(cfg, at)).items()}
     repeated = sum(again_in[mode] * part for mode, part in share.items())
