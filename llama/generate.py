@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama import cli
-from llama.cli import UserError, show_count
+from llama.cli import UserError, expect, show_count
 from llama.convert.load import open_source
 from llama.model import KVCache, Transformer
 from tokenizer.tokenizer import Tokenizer
@@ -266,8 +266,7 @@ def arguments(argv: list[str]) -> Any:
         ("top_k", a.top_k >= 0, "0 or more"),
         ("seed", 0 <= a.seed < 2**32, "0 or more"),
     ]:
-        if not good:
-            raise UserError(f"--{name} is {getattr(a, name)}, expected {expected}")
+        expect(good, f"--{name} is {getattr(a, name)}", expected)
     return a
 
 

@@ -229,11 +229,8 @@ def _write_quarantine(summary: Summary) -> None:
 
 
 def _write_stats(summary: Summary, plan: Plan, hash: str) -> None:
-    outputs = []
-    for done in summary.units:
-        known = done["files"][done["unit"]]
-        known = {"bytes": known["bytes"], "sha256": known["sha256"]}
-        outputs.append({"name": done["unit"], **known})
+    made = ((done["unit"], done["files"][done["unit"]]) for done in summary.units)
+    outputs = [{"name": n, "bytes": s["bytes"], "sha256": s["sha256"]} for n, s in made]
     files.write_json(
         summary.output / STATS,
         {
