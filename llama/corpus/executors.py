@@ -200,13 +200,8 @@ def add_arguments(p: cli.Parser) -> None:
     """--workers, --executor and --cluster."""
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Jobs at a time.")
     p.add_argument("--executor", default="local", choices=KINDS, help="Where they run.")
-    p.add_argument(
-        "--cluster",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Arguments of datatrove's executor, as in partition=cpu time=20:00:00.",
-    )
+    what = "Arguments of datatrove's executor, as in partition=cpu time=20:00:00."
+    p.add_argument("--cluster", nargs="+", default=[], metavar="KEY=VALUE", help=what)
 
 
 def from_arguments(values: Any) -> Executor:

@@ -81,12 +81,8 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
     p.add_argument("--recipe", default=name, help="Its name.")
     p.add_argument("--input", nargs="+", default=[], help="Files, or folders that are searched.")
     p.add_argument("--output", required=True, help="Folder of the documents.")
-    p.add_argument(
-        "--max_quarantined",
-        type=float,
-        default=0.01,
-        help="Share of documents that may be unusable before the run is refused.",
-    )
+    what = "Share of documents that may be unusable before the run is refused."
+    p.add_argument("--max_quarantined", type=float, default=0.01, help=what)
     executors.add_arguments(p)
     p.add_class_arguments(recipe.Options)
     values = p.parse_args(argv)

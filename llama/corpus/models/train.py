@@ -50,12 +50,8 @@ def main(argv: Sequence[str]) -> None:
     p.add_argument("--wikipedia", nargs="+", required=True, help="Folders of clean articles.")
     p.add_argument("--crawl", nargs="+", required=True, help="Folders of clean pages.")
     p.add_argument("--output", required=True, help="Folder of the models.")
-    p.add_argument(
-        "--languages",
-        nargs="+",
-        default=[],
-        help="Those that need an n-gram model; if not given, all that have enough text.",
-    )
+    what = "Those that need an n-gram model; if not given, all that have enough text."
+    p.add_argument("--languages", nargs="+", default=[], help=what)
     executors.add_arguments(p)
     values = p.parse_args(list(argv))
     wikipedia, crawl = (list(map(Path, given)) for given in (values.wikipedia, values.crawl))
