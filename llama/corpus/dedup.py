@@ -13,22 +13,15 @@ from typing import Any
 from llama.cli import UserError, expect, parser
 from llama.corpus import executors, shuffle
 
-# Name of a step -> its class, a dataclass of its options.
-STEPS = {
-    "containment": "llama.corpus.steps.containment.Containment",
-    "decontaminate": "llama.corpus.steps.decontaminate.Decontaminate",
-    "exact": "llama.corpus.steps.exact.Exact",
-    "lines": "llama.corpus.steps.lines.Lines",
-    "minhash": "llama.corpus.steps.minhash.MinHash",
-    "personal": "llama.corpus.steps.personal.Personal",
-}
+# Name of a step, which is that of its module -> its class, a dataclass of its options.
+_CLASSES = "Containment Decontaminate Exact Lines MinHash Personal".split()
+STEPS = {name.lower(): name for name in _CLASSES}
 
 
 def step_class(name: str) -> Any:
     """The class of a step."""
     expect(name in STEPS, f"step is {name!r}", f"one of {', '.join(STEPS)}")
-    module, _, member = STEPS[name].rpartition(".")
-    return getattr(import_module(module), member)
+    return getattr(import_module(f"llama.corpus.steps.{name}"), STEPS[name])
 
 
 def options_of(step: Any) -> list[str]:
