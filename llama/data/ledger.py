@@ -5,8 +5,6 @@ know this: it is the data order (llama.data.order) asked forwards and backwards.
 steps as metrics.jsonl does, from 1; the functions count like the order, from 0. The data of §2.1.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -6,8 +6,6 @@ reads any stretch of the concatenation of its shards by pread, so that a file th
 run is an error with name and offset, not a signal. The data of §2.1.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import resource
