@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,19 +235,15 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     reader = loader.Loader(state.sources, state.order)
     clock = metrics.Clock(state.tokens)
 
-    def share(number: int) -> tuple[int, int]:
-        each = state.order.segment(number).batch_windows // here.size
-        return here.rank * each, (here.rank + 1) * each
-
     asked = None
-    for number, tokens, source in reader.steps(state.step, state.steps, share):
+    for number, tokens, source in reader.steps(state.step, state.steps, partial(rows_of, state)):
         assert number == state.step
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
-        if state.step % cfg.log.every == 0 or state.step == 1 or last:
+        if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
@@ -271,6 +268,17 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     if log:
         log.close()
     return asked
+
+
+def rows_of(state: State, number: int) -> tuple[int, int]:
+    """This rank's rows of the batch of a step."""
+    each = state.order.segment(number).batch_windows // state.world.size
+    return state.world.rank * each, (state.world.rank + 1) * each
+
+
+def is_logged(state: State) -> bool:
+    """Whether the step just made has a row in metrics.jsonl."""
+    return state.step % state.cfg.log.every == 0 or state.step in (1, state.steps)
 
 
 # -- the command -----------------------------------------------------------------------------------

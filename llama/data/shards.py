@@ -240,10 +240,15 @@ def check(folder: Path) -> tuple[int, list[str]]:
                 continue
             for k in range(len(source.shards)):
                 n += len(SUFFIXES)
-                wrong += _check_hashes(source, k) or _check_content(source, k)
+                wrong += wrong_files(source, k)
             source.close()
             progress.update()
     return n, wrong
+
+
+def wrong_files(source: Source, k: int) -> list[str]:
+    """What is wrong with the files of one shard, by their hashes and by what they hold."""
+    return _check_hashes(source, k) or _check_content(source, k)
 
 
 def _check_hashes(source: Source, k: int) -> list[str]:
