@@ -23,6 +23,7 @@ RANKS = [
     ("llama.html", 0),
     ("llama.limits", 0),
     ("llama.costs", 0),
+    ("llama.faults", 0),
     ("llama.corpus", 1),
     ("llama.model", 1),
     ("llama.data", 2),

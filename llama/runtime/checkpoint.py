@@ -24,7 +24,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from llama import files
+from llama import faults, files
 from llama.cli import UserError, show_bytes
 from llama.runtime.world import World
 
@@ -147,12 +147,13 @@ def save(
     def make() -> Path:
         part = place / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
         part.mkdir(parents=True)
+        faults.point("ckpt.folder", step=step)
         return part
 
     part, problem = world.broadcast(_attempt(make) if world.leads else None)
     if problem:
         return str(problem)
-    written, problem = _attempt(lambda: _write_rank(part, tensors, world))
+    written, problem = _attempt(lambda: _write_rank(part, step, tensors, world))
     results = world.gather((written, problem))
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
     if world.leads and not problems:
@@ -186,13 +187,18 @@ def _reason(error: BaseException) -> str:
     return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else text
 
 
-def _write_rank(part: Path, tensors: dict[str, torch.Tensor], world: World) -> dict[str, Any]:
+def _write_rank(
+    part: Path, step: int, tensors: dict[str, torch.Tensor], world: World
+) -> dict[str, Any]:
     """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
         dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
-    return {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
+    faults.point("ckpt.written", part / f"__{world.rank}_0.distcp", step=step)
+    entries = {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
+    faults.point("ckpt.hashed", part / f"__{world.rank}_0.distcp", step=step)
+    return entries
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -204,6 +210,7 @@ def _publish(
 ) -> None:
     """Complete the folder and give it its name; only rank 0, only when all ranks have written."""
     files.write_json(part / STATE, state)
+    faults.point("ckpt.state", part / STATE, step=step)
     for name in (STATE, METADATA):
         every[name] = _entry(part / name)
     present = {path.name for path in part.iterdir()}
@@ -211,12 +218,17 @@ def _publish(
         raise OSError(f"the files on disk are not those written: {sorted(present ^ set(every))}")
     manifest: dict[str, Any] = {"format": 1, "step": step, "files": every}
     files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
+    faults.point("ckpt.listed", part / MANIFEST, step=step)
     files.fsync_folder(part)
+    faults.point("ckpt.synced", step=step)
     if final.exists():
         # only a damaged one can stand in the way: a good one would have been resumed from
         final.rename(_free_name(final.parent, "corrupt"))
+        faults.point("ckpt.aside", step=step)
     part.rename(final)
+    faults.point("ckpt.renamed", step=step)
     files.fsync_folder(final.parent)
+    faults.point("ckpt.named", step=step)
 
 
 def _free_name(place: Path, word: str) -> Path:
@@ -231,7 +243,9 @@ def prune(run: str | Path, keep: int) -> None:
     for _, path in steps(run)[:-keep]:
         trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
         path.rename(trash)
+        faults.point("ckpt.trashed", trash)
         shutil.rmtree(trash, ignore_errors=True)
+        faults.point("ckpt.pruned")
 
 
 def sweep(run: str | Path) -> None:

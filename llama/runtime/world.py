@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama import faults
+
 START_TIMEOUT = timedelta(minutes=30)
 
 
@@ -75,6 +77,7 @@ def start() -> World:
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if launched else alone))
+    faults.point("start.joined")
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
