@@ -129,6 +129,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     averaged_over = apply.apply(model, cfg, here.device, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
+    # nothing draws from these yet; a checkpoint keeps them, so they begin where the seed says
+    torch.manual_seed(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
     if cfg.train.init_from:
         recognise(cfg.train.init_from)  # refused here, before anything is written

@@ -223,7 +223,7 @@ def compare_checkpoint(state: State, path: Path, report: Report) -> None:
     now = orjson.loads(orjson.dumps(contents(state), option=orjson.OPT_NON_STR_KEYS))
     del saved["config"], now["config"]
     changed = config.differences(saved, now)
-    problem = f"state.json: {changed[0][:200]}" if changed else None
+    problem = f"state.json: {changed[0][:80]}" if changed else None
     report.add(path.name, f"{len(config.flat(now))} values of state.json", problem, "equal")
     problem, tensors = None, state.tensors()
     for name, tensor in tensors.items():

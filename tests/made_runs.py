@@ -68,12 +68,15 @@ def words(name: str, options: dict[str, Any] | None = None) -> list[str]:
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """What train.py sets for its own process is put back."""
+    # what pytest has imported is not looked through at every log step
+    gc.freeze()
     out, before = sys.stdout, [signal.getsignal(number) for number in signals.STOPPING]
     try:
         yield
     finally:
         sys.stdout = out
         gc.enable()
+        gc.unfreeze()
         for number, handler in zip(signals.STOPPING, before, strict=True):
             signal.signal(number, handler)
 
