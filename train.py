@@ -58,6 +58,7 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
         stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
     loss_sum, valid = stats.sum(dim=0)
+    state.saver.before_update()
     norm, found_inf = optim.step(
         state.optimizer,
         lr=optim.learning_rate(cfg.optim, state.step, state.steps),
@@ -215,6 +216,8 @@ def train(cfg: Config) -> int:
             if here.leads:
                 why = f"{type(error).__name__}: {error}"
                 folder.exit_reason(run, "failed", why, state.step)
+            # a save in flight may still become whole
+            state.saver.finish(timeout_s=60)
             raise
         if here.leads:
             verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
@@ -260,7 +263,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             log.row(state.step, {"tokens": state.tokens, **row})
         if state.step % cfg.checkpoint.every == 0 or last or asked:
             with clock.paused():
-                saved = save(state)
+                saved = save(state, wait=last or bool(asked))
             if not saved and (last or asked):
                 raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
         if asked:

@@ -4,18 +4,17 @@ Tensors (weights, moments) go through llama.runtime.checkpoint by name; all else
 refuses another model, tokenizer or data: training on by accident is worse than stopping.
 """
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama import config, optim
-from llama.cli import UserError, show_seconds
+from llama.cli import UserError
 from llama.config import Config, ModelConfig
 from llama.data import order, schedule, shards
-from llama.runtime import checkpoint
+from llama.runtime import background, checkpoint
 from llama.runtime.world import World
 
 
@@ -40,6 +39,7 @@ class State:
     # (sum of token losses, tokens) per source since the last log line, float64
     window: torch.Tensor
     step: int = 0
+    saver: background.Saver = field(default_factory=background.Saver)
 
     @property
     def tokens(self) -> int:
@@ -105,20 +105,15 @@ def made_by(state: State) -> dict[str, Any]:
     }
 
 
-def save(state: State) -> bool:
-    """Write a checkpoint of this step; a failure is said, and training may go on."""
-    keep = state.cfg.checkpoint.keep
-    began = time.monotonic()
-    problem = checkpoint.save(
-        state.run, state.step, state.tensors(), contents(state), state.world, keep
+def save(state: State, wait: bool = True) -> bool:
+    """Write a checkpoint of this step; a failure is said, and training may go on.
+
+    Without `wait` in the background, as `checkpoint.background` says; False if it failed by now.
+    """
+    every, options = contents(state), state.cfg.checkpoint
+    return state.saver.save(
+        state.run, state.step, state.tensors(), every, state.world, options, wait
     )
-    if problem:
-        text = f"WARNING: the checkpoint of step {state.step} failed: {problem}"
-    else:
-        spent = show_seconds(time.monotonic() - began)
-        text = f"saved {checkpoint.folder(state.run)}/step-{state.step:08d} in {spent}"
-    state.world.say(text)
-    return not problem
 
 
 def resume(state: State) -> bool:
