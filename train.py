@@ -141,6 +141,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     averaged_over = apply.apply(model, chosen, place, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
+    # nothing draws from these yet; a checkpoint keeps them, so they begin where the seed says
+    torch.manual_seed(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
     if cfg.train.init_from:
         recognise(cfg.train.init_from)  # refused here, before anything is written
@@ -246,13 +248,8 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     reader = loader.Loader(state.sources, state.order)
     clock = metrics.Clock(state.tokens)
 
-    def share(number: int) -> tuple[int, int]:
-        place = state.place
-        each = state.order.segment(number).batch_windows // place.data_size
-        return place.data_rank * each, (place.data_rank + 1) * each
-
     asked = None
-    for number, tokens, source in watch.batches(state, reader, share):
+    for number, tokens, source in watch.batches(state, reader, partial(rows_of, state)):
         assert number == state.step
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
@@ -262,7 +259,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
-        if state.step % cfg.log.every == 0 or state.step == 1 or last:
+        if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
@@ -287,6 +284,18 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     if log:
         log.close()
     return asked
+
+
+def rows_of(state: State, number: int) -> tuple[int, int]:
+    """Which windows of a step's batch this process trains on: first and end."""
+    place = state.place
+    each = state.order.segment(number).batch_windows // place.data_size
+    return place.data_rank * each, (place.data_rank + 1) * each
+
+
+def is_logged(state: State) -> bool:
+    """Whether the step just made has a row in metrics.jsonl."""
+    return state.step % state.cfg.log.every == 0 or state.step in (1, state.steps)
 
 
 # -- the command -----------------------------------------------------------------------------------

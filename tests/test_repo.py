@@ -37,6 +37,7 @@ RANKS = [
     ("llama.plan", 3),
     ("llama.__main__", 3),
     ("train", 4),
+    ("llama.verify", 5),
     ("benchmarks", 5),
 ]
 OURS = ("llama", "kernels", "tokenizer", "train", "benchmarks")

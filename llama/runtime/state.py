@@ -82,12 +82,9 @@ class Step:
     grad_norm: torch.Tensor
 
 
-def save(state: State, wait: bool = True) -> bool:
-    """Write a checkpoint of this step; a failure is said, and training may go on.
-
-    Without `wait` in the background, as `checkpoint.background` says; False if it failed by now.
-    """
-    contents = {
+def contents(state: State) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    return {
         "format": 1,
         "step": state.step,
         "tokens": state.tokens,
@@ -99,9 +96,31 @@ def save(state: State, wait: bool = True) -> bool:
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "fingerprints": state.fingerprints(),
         "config": config.to_dict(state.cfg),
+        "made_by": made_by(state),
     }
+
+
+def made_by(state: State) -> dict[str, Any]:
+    """What the bits of a step hang on besides the configuration."""
+    return {
+        "processes": state.world.size,
+        "device": state.world.chip,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "micro_batch": state.micro_batch,
+        "attention": state.backend,
+    }
+
+
+def save(state: State, wait: bool = True) -> bool:
+    """Write a checkpoint of this step; a failure is said, and training may go on.
+
+    Without `wait` in the background, as `checkpoint.background` says; False if it failed by now.
+    """
+    every, options = contents(state), state.cfg.checkpoint
     return state.saver.save(
-        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint, wait
+        state.run, state.step, state.tensors(), every, state.world, options, wait
     )
 
 
@@ -116,6 +135,14 @@ def resume(state: State) -> bool:
         raise UserError(
             f"{state.run} has checkpoints and checkpoint.resume is never: use --name other"
         )
+    restore(state, found)
+    here.say(f"resuming {state.run} from step {state.step} ({found.name})")
+    return True
+
+
+def restore(state: State, found: Path) -> None:
+    """Make the state that of a checkpoint; all ranks call it together."""
+    cfg, here = state.cfg, state.world
     saved = checkpoint.read_state(found)
     changed = _refuse_changes(state, saved, found)
     checkpoint.load(found, state.tensors(), here)
@@ -130,8 +157,6 @@ def resume(state: State) -> bool:
         here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
     rows = [saved["window"].get(name, [0.0, 0.0]) for name in state.order.names]
     state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
-    here.say(f"resuming {state.run} from step {state.step} ({found.name})")
-    return True
 
 
 def _settle(run: Path) -> list[dict[str, Any]]:
