@@ -7,6 +7,7 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 
 import gc
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from kernels import attention
 from llama import cli, config, costs, files, optim
@@ -24,9 +25,9 @@ from llama.convert.load import load_weights, recognise
 from llama.data import loader, mixture, schedule, shards
 from llama.doctor import refuse_clashes
 from llama.model import Transformer
-from llama.parallel import apply
+from llama.parallel import apply, fsdp
 from llama.plan import layouts
-from llama.runtime import console, folder, metrics, oom, signals, world
+from llama.runtime import console, folder, metrics, oom, profile, signals, world
 from llama.runtime.state import State, Step, resume, save
 
 # by then neither compiling nor the first reads show in the speed
@@ -47,13 +48,16 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
-    micro_batches = zip(
-        tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True
+    micro_batches = list(
+        zip(tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True)
     )
-    for windows, rows in micro_batches:
-        losses, counts = forward(state, windows)
+    for number, (windows, rows) in enumerate(micro_batches, 1):
+        fsdp.prepare(state.model, cfg.parallel, last=number == len(micro_batches))
+        with record_function("forward"):
+            losses, counts = forward(state, windows)
         # FSDP averages over ranks: the constant makes that the mean over the batch's tokens
-        (losses.sum() * (state.averaged_over / nominal)).backward()
+        with record_function("backward"):
+            (losses.sum() * (state.averaged_over / nominal)).backward()
         stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
     loss_sum, valid = stats.sum(dim=0)
@@ -85,6 +89,7 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
+@record_function("validation")
 def validate(state: State) -> dict[str, float]:
     """Mean loss per source over the first windows of its held-out documents."""
     cfg, here, results = state.cfg, state.world, {}
@@ -104,9 +109,7 @@ def validate(state: State) -> dict[str, float]:
         dist.all_reduce(total)
         results[name] = float(total[0] / total[1])
     state.model.train()
-    if isinstance(state.model, FSDPModule):
-        # a forward pass without a backward pass leaves the root gathered
-        state.model.reshard()
+    fsdp.reshard(state.model)
     return results
 
 
@@ -239,7 +242,8 @@ def loop(state: State, stop: signals.Stop) -> str | None:
         return here.rank * each, (here.rank + 1) * each
 
     asked = None
-    for number, tokens, source in reader.steps(state.step, state.steps, share):
+    batches = reader.steps(state.step, state.steps, share)
+    for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
@@ -307,6 +311,7 @@ def main(argv: list[str]) -> int:
     """Parse, then train or describe. Under torchrun rank 0 tells a user's error for all."""
     parser = config.parser("torchrun train.py")
     parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
+    argv = [re.sub(r"^--profile\b", "--log.profile", word) for word in argv]
     try:
         refuse_clashes()
         cfg = config.load(argv, parser)

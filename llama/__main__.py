@@ -37,6 +37,8 @@ python -m llama.data.ledger     documents of a step, steps of a document
     python -m llama.data.ledger runs/quickstart --step 10
 python -m llama.report          one page about a run, or several compared
     python -m llama.report runs/quickstart
+python -m llama.trace           where the time of recorded steps went
+    python -m llama.trace runs/quickstart
 python -m llama.convert         weights to and from Hugging Face, Meta, GGUF
     python -m llama.convert runs/quickstart exports/quickstart --to hf
 python -m llama.generate        text from a checkpoint

@@ -35,14 +35,21 @@ A100 = CHIPS["a100-80g"]
 
 def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most bytes of a step of train.py on rank 0, its processes pretended, as torch counts them."""
-    world, passes = at.gpus, 1 + at.accumulates
+    world, passes = at.gpus, 1 + 2 * at.accumulates
     dtype: Any = {2: "bfloat16", 4: "float32"}[at.element_bytes]
     windows = passes * at.micro_batch
     cfg = Config(
         model=model_cfg,
         data=DataConfig(seq_len=at.seq_len),
         train=TrainConfig(compile=False, dtype=dtype),
-        parallel=ParallelConfig(at.replicate, at.shard, recompute=at.recompute),  # type: ignore[arg-type]
+        parallel=ParallelConfig(
+            at.replicate,
+            at.shard,
+            recompute=at.recompute,  # type: ignore[arg-type]
+            reshard=at.reshard,
+            prefetch=at.prefetch,
+            accumulate=at.accumulate,  # type: ignore[arg-type]
+        ),
     )
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
@@ -112,6 +119,9 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             element_bytes=element_bytes,
             accumulates=rng.random() < 0.5,
             loss_elements=2**20,
+            accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
+            reshard=rng.random() < 0.5,
+            prefetch=rng.choice([1, 2]),
         )
         phase, parts = costs.peak(model, at)
         planned, real = sum(parts.values()), tracked(model, at, monkeypatch)

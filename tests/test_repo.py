@@ -34,6 +34,7 @@ RANKS = [
     ("llama.report", 3),
     ("llama.doctor", 3),
     ("llama.plan", 3),
+    ("llama.trace", 3),
     ("llama.__main__", 3),
     ("train", 4),
     ("benchmarks", 5),

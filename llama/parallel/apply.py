@@ -34,7 +34,7 @@ def apply(model: nn.Module, cfg: Config, device: torch.device, dtype: torch.dtyp
     if plain:
         fsdp.layout(cfg.parallel, world)
         return 1
-    fsdp.apply(model, fsdp.mesh(cfg.parallel, device.type), dtype)
+    fsdp.apply(model, fsdp.mesh(cfg.parallel, device.type), dtype, cfg.parallel)
     return world
 
 

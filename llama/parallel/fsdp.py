@@ -2,13 +2,17 @@
 
 Replicas of the sharded model (HSDP) are a second mesh dimension. Gradients are averaged by FSDP;
 the loop scales the loss by ranks / (tokens of the batch), so that this is the mean over tokens.
+Gathers and reductions run beside the computation: the weights of the next blocks are asked for
+before a block begins, and a block's gradients are reduced while the one before it is computed.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from llama.cli import UserError
 from llama.config import ParallelConfig
@@ -37,13 +41,60 @@ def mesh(cfg: ParallelConfig, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
 
 
-def apply(model: nn.Module, device_mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def apply(
+    model: nn.Module, device_mesh: DeviceMesh, dtype: torch.dtype, cfg: ParallelConfig
+) -> None:
     """Shard every block, then the rest, in place. Works on the meta device."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
     for block in layers:
-        fully_shard(block, mesh=device_mesh, mp_policy=policy)
+        fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=cfg.reshard)
     # the root's parameters are used first and last: gathering them twice buys no memory
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
+    backward = FSDPModule.set_modules_to_backward_prefetch
+    for ask, order in (
+        (FSDPModule.set_modules_to_forward_prefetch, [model, *layers]),
+        (backward, [model, *reversed(layers)]),
+    ):
+        for i, unit in enumerate(order):
+            ask(unit, order[i + 1 : i + 1 + cfg.prefetch])
+
+
+def prepare(model: nn.Module, cfg: ParallelConfig, last: bool) -> None:
+    """Before each micro-batch, the `last` of a step or not: what its backward pass leaves."""
+    if not isinstance(model, FSDPModule):
+        return
+    if not cfg.reshard:
+        model.set_reshard_after_backward(last)
+    if cfg.accumulate == "unsharded":
+        model.set_requires_gradient_sync(last)
+    elif cfg.accumulate == "replica_deferred":
+        model.set_requires_all_reduce(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered weights: a forward pass without a backward pass leaves them behind."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def without_effect(model: nn.Module, cfg: ParallelConfig, micro_batches: int) -> Iterator[str]:
+    """Sentences about keys that change nothing in this run."""
+    mesh = getattr(next(model.parameters()), "device_mesh", None)
+    names = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {}
+    divided = any(size > 1 for name, size in names.items() if name != "replicate")
+    why = None
+    if micro_batches == 1:
+        why = "a step has one micro-batch"
+    elif cfg.accumulate == "replica_deferred" and names.get("replicate", 1) == 1:
+        why = "parallel.replicate is 1"
+    elif max(names.values(), default=1) == 1:
+        why = "a single process reduces nothing"
+    if why and cfg.accumulate != "sharded":
+        yield f"parallel.accumulate {cfg.accumulate} has no effect: {why}"
+    for key, usual in (("reshard", True), ("prefetch", 1)):
+        if not divided and getattr(cfg, key) != usual:
+            yield f"parallel.{key} {getattr(cfg, key)} has no effect: weights are not divided"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from llama import config, optim
 from llama.cli import UserError, show_seconds
@@ -76,6 +77,7 @@ class Step:
     grad_norm: torch.Tensor
 
 
+@record_function("save")
 def save(state: State) -> bool:
     """Write a checkpoint of this step; a failure is said, and training may go on."""
     contents = {
