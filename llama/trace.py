@@ -6,14 +6,15 @@ torch's operators; what either is for is told by the operators and phases around
 """
 
 import gzip
+import math
 import re
 import zlib
 from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -21,13 +22,16 @@ from llama import cli
 from llama.cli import UserError
 
 Events = list[dict[str, Any]]
-Span = tuple[int, int]
+Span = tuple[int, int]  # nanoseconds
+# what a device did, when, and when the host asked for it
+Task = tuple[str, Span, int]
+Step = tuple[int, dict[str, int]]
 STEPS_ACROSS = 3
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-ON_HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
+# of torch's; the others are bookkeeping, or wait
+OPERATOR = re.compile(r"^(?!autograd|FSDP|_?c10d)\w+::|^## Call Compiled")
 
-# The first that is found: in the name of a collective, and in those of a computation with all that
-# is around it.
+# The first that is found: in the name of a collective; of a computation also in what is around it.
 COLLECTIVES = {
     "all-gather": re.compile("all_?gather", re.I),
     "reduce-scatter": re.compile("reduce_?scatter", re.I),
@@ -42,43 +46,22 @@ COMPUTATIONS = {
     "matrix products": re.compile(r"::(add|b|badd)?mm\b|::(matmul|linear)\b|gemm|nvjet|cutlass"),
     "norms, elementwise": re.compile(""),
 }
-# what a thread spends in these is no computation: waiting, or torch's own bookkeeping
-NO_OPERATOR = re.compile("c10d|^(autograd|FSDP|gloo):")
 
 
-class Task(NamedTuple):
-    """A stretch of a device's time, in nanoseconds, and when the host asked for it."""
-
-    kind: str
-    start: int
-    end: int
-    asked: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """Nanoseconds of one step in one process, by what they were spent on.
-
-    `parts` add up to `whole`; `hidden` is the communication beside computation, part of that.
-    Kinds that ran at the same time are counted in each.
-    """
-
-    number: int
-    whole: int
-    parts: dict[str, int]
-    hidden: int
-    kinds: dict[str, int]
-    also: list[str]
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The spans in order, those that touch as one."""
+    found: list[Span] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
 
 
 def covered(spans: Iterable[Span], low: int, high: int) -> int:
     """Length of what is covered by at least one of the spans, between `low` and `high`."""
-    total = 0
-    for start, end in sorted(spans):
-        start, end = max(start, low), min(end, high)
-        total += max(0, end - start)
-        low = max(low, end)
-    return total
+    return sum(max(0, min(end, high) - max(start, low)) for start, end in union(spans))
 
 
 # -- a trace ---------------------------------------------------------------------------------------
@@ -88,51 +71,53 @@ def read(path: Path) -> list[Step]:
     """The steps of a trace. Raises `UserError` where it is cut off or holds none."""
     try:
         with gzip.open(path) as file:
-            events = [e for e in orjson.loads(file.read())["traceEvents"] if e.get("ph") == "X"]
+            events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
+        found = list(steps(events))
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a whole Chrome trace: {error}") from None
-    found = list(steps(events))
     if not found:
         raise UserError(f"{path} holds no step of train.py")
     return found
 
 
 def steps(events: Events) -> Iterator[Step]:
-    """What each `step N` of a trace's complete events was spent on."""
-    phases: dict[str, list[Span]] = defaultdict(list)
+    """What the nanoseconds of each `step N` of a trace's complete events were spent on.
+
+    Compute, exposed communication, waiting and idling add up to the step; hidden communication is
+    part of compute. What is indented may run at the same time as another, and counts in each.
+    """
+    phases, of, tasks = defaultdict(list), defaultdict(list), list(_tasks(events))
     for event in events:
-        if event.get("cat") == "user_annotation":
+        if event["cat"] == "user_annotation":
             phases[event["name"]].append(_span(event))
-    tasks = _tasks(events)
-    of: dict[str, list[Span]] = {kind: [] for kind in (*COMPUTATIONS, *COLLECTIVES)}
-    for task in tasks:
-        of[task.kind].append((task.start, task.end))
-    compute = [span for kind in COMPUTATIONS for span in of[kind]]
-    busy = compute + [span for kind in COLLECTIVES for span in of[kind]]
-    numbers = (int(name[5:]) for name in phases if re.fullmatch(r"step \d+", name))
+    for kind, span, _ in tasks:
+        of[kind].append(span)
+    compute, communication = (
+        [span for kind in group for span in of[kind]] for group in (COMPUTATIONS, COLLECTIVES)
+    )
+    named = {name: re.fullmatch(r"step (\d+)", name) for name in phases}
+    marks = [
+        (span, int(match[1])) for name, match in named.items() if match for span in phases[name]
+    ]
     high = 0
-    for number in sorted(numbers):
-        begin, done = phases[f"step {number}"][0]
+    for (begin, done), number in sorted(marks):
+        low = max(begin, high)
         # a GPU goes on with what it was given when the host is already in the next step
-        low, high = max(begin, high), max(done, high)
-        high = max([high, *(task.end for task in tasks if begin <= task.asked < done)])
-
-        def within(spans: Iterable[Span], low: int = low, high: int = high) -> int:
-            return covered(spans, low, high)
-
-        kinds = {kind: within(spans) for kind, spans in of.items()}
-        computing, working = within(compute), within(busy)
-        waiting = within(busy + phases["data"]) - working
-        parts = {
+        high = max([high, done, *(span[1] for _, span, asked in tasks if begin <= asked < done)])
+        within = partial(covered, low=low, high=high)
+        computing, busy = within(compute), within(compute + communication)
+        waiting = within(compute + communication + phases["data"]) - busy
+        spent = {
+            "step": high - low,
             "compute": computing,
-            "exposed communication": working - computing,
+            "exposed communication": busy - computing,
             "waiting for data": waiting,
-            "idle": high - low - working - waiting,
+            "idle": high - low - busy - waiting,
+            "hidden communication": within(communication) - (busy - computing),
         }
-        communication = within(span for kind in COLLECTIVES for span in of[kind])
-        also = [name for name in ("validation", "save") if covered(phases[name], begin, done)]
-        hidden = communication - parts["exposed communication"]
-        yield Step(number, high - low, parts, hidden, kinds, also)
+        parts = {kind: of[kind] for kind in (*COMPUTATIONS, *COLLECTIVES)}
+        parts |= {name: phases[name] for name in ("validation", "save")}
+        yield number, spent | {f"  {name}": within(spans) for name, spans in parts.items()}
 
 
 def _span(event: dict[str, Any]) -> Span:
@@ -140,111 +125,61 @@ def _span(event: dict[str, Any]) -> Span:
     return start, start + round(1000 * event["dur"])
 
 
-def _tasks(events: Events) -> list[Task]:
+def _tasks(events: Events) -> Iterator[Task]:
     """What the device did: the GPU's kernels where there are any, else the CPU's operators."""
-    threads: dict[Any, Events] = defaultdict(list)
-    for event in events:
-        if event.get("cat") in ON_HOST:
-            threads[event["tid"]].append(event)
-    launches: dict[Any, tuple[int, str]] = {}
-    on_host = [task for thread in threads.values() for task in _on_host(thread, launches)]
-    kernels = [event for event in events if event.get("cat") in ON_GPU]
-    if not kernels:
-        return [*on_host, *_gloo(events)]
-    tasks = []
-    for event in kernels:
-        start, end = _span(event)
-        asked, around = launches.get(event.get("args", {}).get("correlation"), (start, ""))
-        name = event["name"]
-        kind = _first(COMPUTATIONS, f"{around} {event['cat']} {name}")
-        if "nccl" in name:
-            kind = _first(COLLECTIVES, name)
-        tasks.append(Task(kind, start, end, asked))
-    return tasks
+    host = [e for e in events if e["cat"] in ("cpu_op", "user_annotation")]
+    around = {
+        kind: union(_span(e) for e in host if pattern.search(e["name"]))
+        for kind, pattern in COMPUTATIONS.items()
+    }
+    asked_at = {e["args"].get("correlation"): _span(e)[0] for e in events if "cuda_" in e["cat"]}
+    # gloo's reduce-scatter is an all-reduce: c10d knows which
+    calls = sorted((_span(e)[0], e["name"]) for e in host if "c10d::" in e["name"])
+    kernels = [e for e in events if e["cat"] in ON_GPU]
+    for event in kernels or host:
+        name, span = event["name"], _span(event)
+        asked = asked_at.get(event["args"].get("correlation"), span[0])
+        if name == "gloo:all_reduce" and calls:
+            name += calls[max(0, bisect(calls, (asked, "~")) - 1)][1]
+        if re.match("gloo:|nccl", name):
+            yield next(k for k, p in COLLECTIVES.items() if p.search(name)), span, asked
+        elif kernels or OPERATOR.search(name):
+            named = f"{event['cat']} {name}"
+            found = (k for k, p in COMPUTATIONS.items() if p.search(named) or _in(around[k], asked))
+            yield next(found), span, asked
 
 
-def _on_host(events: Events, launches: dict[Any, tuple[int, str]]) -> Iterator[Task]:
-    """Stretches of one thread by the operators that run; fills in `launches` by correlation."""
-    stack: list[tuple[int, str, str | None]] = []
-    reached = 0
-    sentinel = {"name": "", "ts": float(2**52), "dur": 0.0, "cat": ""}
-    for event in [*sorted(events, key=lambda e: (e["ts"], -e["dur"])), sentinel]:
-        start, end = _span(event)
-        while stack:
-            until, _, kind = stack[-1]
-            if kind and min(until, start) > reached:
-                yield Task(kind, reached, min(until, start), reached)
-            reached = max(reached, min(until, start))
-            if until > start:
-                break
-            stack.pop()
-        reached = start
-        name = event["name"]
-        around, computing = (stack[-1][1], stack[-1][2] is not None) if stack else ("", False)
-        around = f"{around} {name}"
-        if event["cat"].startswith("cuda"):
-            launches[event.get("args", {}).get("correlation")] = start, around
-        operator = ("::" in name or name.startswith("## Call Compiled")) or computing
-        kind = _first(COMPUTATIONS, around) if operator and not NO_OPERATOR.search(name) else None
-        stack.append((end, around, kind))
-
-
-def _gloo(events: Events) -> Iterator[Task]:
-    """Collectives on gloo's threads. Its reduce-scatter is an all-reduce: c10d knows which."""
-    calls = sorted((_span(e)[0], e["name"]) for e in events if "c10d::" in e["name"])
-    for event in events:
-        if (name := event["name"]).startswith("gloo:"):
-            start, end = _span(event)
-            before = bisect(calls, (start, "~")) - 1
-            if name == "gloo:all_reduce" and before >= 0:
-                name = calls[before][1]
-            yield Task(_first(COLLECTIVES, name), start, end, start)
-
-
-def _first(kinds: dict[str, re.Pattern[str]], text: str) -> str:
-    return next(kind for kind, pattern in kinds.items() if pattern.search(text))
+def _in(spans: list[Span], moment: int) -> bool:
+    """Whether one of the spans, which do not touch, holds the moment."""
+    before = bisect(spans, (moment, math.inf)) - 1
+    return before >= 0 and moment < spans[before][1]
 
 
 # -- the command -----------------------------------------------------------------------------------
 
 
 def show(rank: int, found: list[Step]) -> Iterator[str]:
-    """Tables of a rank's steps, beside their mean; all in milliseconds and percent of the step."""
-
-    def cell(value: float, whole: float) -> str:
-        return f"{value / 1e6:.1f} {100 * value / max(whole, 1):3.0f}%"
-
-    columns = [
-        (f"step {s.number}", s.whole, [*s.parts.values(), s.hidden, *s.kinds.values()])
-        for s in found
-    ]
-    whole = sum(s.whole for s in found) / len(found)
-    sums = [sum(values) / len(found) for values in zip(*(c[2] for c in columns), strict=True)]
-    names = [*found[0].parts, "hidden communication", *(f"  {kind}" for kind in found[0].kinds)]
-    for low in range(0, len(columns), STEPS_ACROSS):
-        part = columns[low : low + STEPS_ACROSS]
-        part += [("mean", whole, sums)] * (len(found) > 1)
-        rows = [["step", *(cell(whole, whole) for _, whole, _ in part)]]
-        for i, name in enumerate(names):
-            if sums[i]:
-                rows.append([name, *(cell(values[i], whole) for _, whole, values in part)])
-        yield cli.table((f"rank {rank}, ms", *(name for name, _, _ in part)), rows)
-    for step in found:
-        if step.also:
-            yield f"step {step.number} includes {' and '.join(step.also)}"
+    """Tables of a rank's steps beside their mean, in milliseconds and percent of the step."""
+    mean = {name: sum(spent[name] for _, spent in found) / len(found) for name in found[0][1]}
+    for low in range(0, len(found), STEPS_ACROSS):
+        columns: dict[str, Any] = {f"step {n}": spent for n, spent in found[low:][:STEPS_ACROSS]}
+        columns |= {"mean": mean} if len(found) > 1 else {}
+        rows = []
+        for name in filter(mean.get, mean):
+            values = ((c[name] / 1e6, 100 * c[name] / c["step"]) for c in columns.values())
+            rows.append([name, *(f"{ms:.1f} {percent:3.0f}%" for ms, percent in values)])
+        yield cli.table((f"rank {rank}, ms", *columns), rows)
 
 
 def main(argv: list[str]) -> int:
     parser = cli.parser("python -m llama.trace", "Where the time of recorded steps went.")
     parser.add_argument("run", type=Path, help="A run folder.")
     run = parser.parse_args(argv).run
-    traces = []
-    for path in (run / "profile").glob("rank-*.json.gz"):
-        if match := re.match(r"rank-(\d+)-steps-(\d+)", path.name):
-            traces.append((int(match[1]), int(match[2]), path))
+    named = {p: re.match(r"rank-(\d+)-steps-(\d+)", p.name) for p in run.glob("profile/*.json.gz")}
+    traces = sorted((int(m[1]), int(m[2]), path) for path, m in named.items() if m)
     if not traces:
         raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
-    for rank, _, path in sorted(traces):
+    for rank, _, path in traces:
         print("\n\n".join(show(rank, read(path))) + "\n")
     return 0
 

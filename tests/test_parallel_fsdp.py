@@ -180,7 +180,7 @@ def test_nothing_stays_gathered_after_a_forward_pass_alone(runs: dict[Any, Any])
 
 @pytest.mark.slow
 def test_what_has_no_effect_is_said(runs: dict[Any, Any]) -> None:
-    deferred = "parallel.accumulate replica_deferred has no effect: parallel.replicate is 1"
+    deferred = "parallel.accumulate replica_deferred has no effect:\nparallel.replicate is 1"
     for choice in CHOICES:
         expected = [deferred] if choice[0] == "replica_deferred" and not choice[3] else []
         assert runs[choice][3] == expected
@@ -190,8 +190,8 @@ def test_what_has_no_effect_in_one_process() -> None:
     cfg = ParallelConfig(reshard=False, prefetch=2, accumulate="unsharded")
     assert list(fsdp.without_effect(model(), ParallelConfig(), 1)) == []
     assert list(fsdp.without_effect(model(), cfg, 2)) == [
-        "parallel.accumulate unsharded has no effect: a single process reduces nothing",
-        "parallel.reshard False has no effect: weights are not divided",
-        "parallel.prefetch 2 has no effect: weights are not divided",
+        "parallel.accumulate unsharded has no effect:\na single process reduces nothing",
+        "parallel.reshard False has no effect:\nweights are not divided",
+        "parallel.prefetch 2 has no effect:\nweights are not divided",
     ]
     assert "one micro-batch" in next(fsdp.without_effect(model(), cfg, 1))

@@ -84,17 +84,14 @@ def reshard(model: nn.Module) -> None:
 def without_effect(model: nn.Module, cfg: ParallelConfig, micro_batches: int) -> Iterator[str]:
     """Sentences about keys that change nothing in this run."""
     mesh = getattr(next(model.parameters()), "device_mesh", None)
-    names = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {}
-    divided = any(size > 1 for name, size in names.items() if name != "replicate")
-    why = None
-    if micro_batches == 1:
-        why = "a step has one micro-batch"
-    elif cfg.accumulate == "replica_deferred" and names.get("replicate", 1) == 1:
-        why = "parallel.replicate is 1"
-    elif max(names.values(), default=1) == 1:
-        why = "a single process reduces nothing"
-    if why and cfg.accumulate != "sharded":
-        yield f"parallel.accumulate {cfg.accumulate} has no effect: {why}"
-    for key, usual in (("reshard", True), ("prefetch", 1)):
-        if not divided and getattr(cfg, key) != usual:
-            yield f"parallel.{key} {getattr(cfg, key)} has no effect: weights are not divided"
+    sizes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {}
+    replicas = sizes.pop("replicate", 1) > 1
+    divided = max(sizes.values(), default=1) > 1
+    reduced = replicas if cfg.accumulate == "replica_deferred" else replicas or divided
+    for key, usual, works, needs in (
+        ("accumulate", "sharded", micro_batches > 1 and reduced, "several micro-batches, which"),
+        ("reshard", True, divided, "weights that"),
+        ("prefetch", 1, divided, "weights that"),
+    ):
+        if getattr(cfg, key) != usual and not works:
+            yield f"parallel.{key} {getattr(cfg, key)} has no effect: it needs {needs}"
