@@ -22,14 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MODULES = (
-    "attention_launch",
-    "attention_gluon",
-    "rmsnorm",
-    "swiglu",
-    "rope",
-    "cross_entropy",
-)
+MODULES = "attention_launch attention_gluon rmsnorm swiglu rope cross_entropy".split()
 # bytes of shared memory a program may have (CUDA C++ Programming Guide, compute capabilities)
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}

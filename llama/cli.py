@@ -8,7 +8,8 @@ import difflib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -40,6 +41,17 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
+@contextmanager
+def as_user_error(
+    what: str, *kinds: type[BaseException], show: Callable[[Any], str] = str
+) -> Iterator[None]:
+    """Errors of these kinds become the user's: `what`, a colon, and what they show."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(f"{what}: {show(error)}") from error
+
+
 # -- numbers as people write them ------------------------------------------------------------------
 
 
@@ -57,6 +69,12 @@ def count(value: str | int | float) -> int:
     except (AssertionError, ValueError, OverflowError):
         raise UserError(f"{value!r} is not a count such as 4096, 4M, 1.4T or 1e9") from None
     return int(number)
+
+
+def byte_count(value: str | int | float) -> int:
+    """Bytes written 20000000000, 20e9, 20GB or 512 MB."""
+    plain = re.sub(r"\s*([kKMGT]?)B$", lambda unit: unit[1].replace("G", "B"), str(value).strip())
+    return count(plain)
 
 
 def show_count(number: float) -> str:

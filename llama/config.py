@@ -19,7 +19,7 @@ from jsonargparse.typing import register_type
 from llama import cli, files, limits
 from llama.cli import UserError
 
-Recompute = Literal["none", "manual", "selective", "full"]
+Recompute = Literal["none", "manual", "selective", "full", "budget"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -27,7 +27,12 @@ class Count(int):
     """A whole number that may be written 4M, 1.4T or 1.4e12."""
 
 
+class Bytes(int):
+    """A number of bytes that may be written 20e9, 20GB or 512 MB, in powers of ten."""
+
+
 register_type(Count, serializer=int, deserializer=lambda value: Count(cli.count(value)))
+register_type(Bytes, serializer=int, deserializer=lambda value: Bytes(cli.byte_count(value)))
 
 
 @dataclass
@@ -153,7 +158,9 @@ class ParallelConfig:
         shard: Processes that share one copy (FSDP).
         tensor: Processes that share each matrix (tensor and sequence parallel).
         context: Processes that share each sequence.
-        recompute: What the backward pass computes again instead of keeping.
+        recompute: What the backward pass computes again instead of keeping; budget mixes none,
+            manual and full by block.
+        budget: Bytes that recompute budget may keep for the backward pass per process (20GB).
         reshard: Give up a block's weights after its forward pass and gather them again in the
             backward pass; false keeps them from the first micro-batch to the last (ZeRO-2), for a
             small model on slow links.
@@ -169,6 +176,7 @@ class ParallelConfig:
     tensor: int = 1
     context: int = 1
     recompute: Recompute = "none"
+    budget: Bytes | None = None
     reshard: bool = True
     prefetch: int = 1
     accumulate: Literal["sharded", "unsharded", "replica_deferred"] = "sharded"
@@ -195,12 +203,16 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
+        keep_every: Steps between checkpoints that are kept for good; null for none.
+        background: Whether a copy is written while training goes on; false needs no memory for it.
         resume: auto takes the newest valid one of the run, never starts a new run only.
         accept_changes: Go on although the configuration changed; the differences are printed.
     """
 
     every: int = 100
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
     resume: Literal["auto", "never"] = "auto"
     accept_changes: bool = False
 
@@ -216,6 +228,35 @@ class ValidationConfig:
 
     every: int = 50
     tokens: Count = Count(65536)
+
+
+@dataclass
+class GuardConfig:
+    """What happens about numbers that cannot be right.
+
+    Args:
+        spike: What follows a spike of the loss or the gradient norm: off (a warning), skip (the
+            step changes nothing), rewind (to an older checkpoint, then past the batches around it).
+        sigma: Standard deviations above the last steps from which on it is a spike.
+        window: Steps that these are; half of them must have been seen.
+        rewind_steps: How far before the spike the checkpoint is to lie, where there is one.
+        skip_steps: Batches that a rewind passes over, half of them before the spike.
+        rewinds: Most rewinds to the same checkpoint.
+        patience: Steps in a row that may change nothing before the run stops.
+        replicas_every: Steps between comparisons of what several processes hold; 0 for none.
+    """
+
+    spike: Literal["off", "skip", "rewind", False] = "off"
+    sigma: float = 6.0
+    window: int = 128
+    rewind_steps: int = 100
+    skip_steps: int = 200
+    rewinds: int = 3
+    patience: int = 20
+    replicas_every: int = 100
+
+    def __post_init__(self) -> None:
+        self.spike = self.spike or "off"  # YAML reads a bare off as false
 
 
 @dataclass
@@ -254,6 +295,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -263,6 +305,7 @@ FREE_KEYS = (
     "log.",
     "validation.",
     "checkpoint.",
+    "guard.",
     "parallel.",
     "kernels.",
     "train.micro_batch",

@@ -22,6 +22,7 @@ import orjson
 import yaml
 import zstandard
 
+from llama import faults
 from llama.cli import UserError
 
 CHUNK_BYTES = 1 << 16
@@ -67,10 +68,14 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     part = path.with_name(f"{path.name}.part-{platform.node()}-{os.getpid()}")
     try:
         with open(part, mode) as file:
+            faults.point("file.opened", part, name=path.name)
             yield file
             file.flush()
+            faults.point("file.written", part, name=path.name)
             os.fsync(file.fileno())
+            faults.point("file.synced", part, name=path.name)
         os.rename(part, path)
+        faults.point("file.renamed", path, name=path.name)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -177,18 +182,25 @@ def read_chunks(path: str | Path) -> Iterator[bytes]:
                 while chunk := file.read(CHUNK_BYTES):
                     yield chunk
                 return
-            yield from _decompress(file, suffix)
+            try:
+                sip = ZSTD_CHUNK_BYTES if suffix == ".zst" else CHUNK_BYTES
+                yield from inflated(file, suffix, sip)
+            except (zstandard.ZstdError, zlib.error) as error:
+                raise EOFError(f"{error} before byte {file.tell()}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (zstandard.ZstdError, zlib.error, EOFError) as error:
+    except EOFError as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _decompress(file: IO[bytes], suffix: str) -> Iterator[bytes]:
-    """Walk the frames (zstd) or members (gzip) of a file one after the other."""
+def inflated(file: IO[bytes], suffix: str, sip_bytes: int) -> Iterator[bytes]:
+    """The frames of a .zst or members of a .gz one after the other, read `sip_bytes` at a time.
+
+    Raises EOFError for one that is cut off, where plain readers stop silently.
+    """
     frame: Any = None
     frames = 0
-    while data := file.read(ZSTD_CHUNK_BYTES if suffix == ".zst" else CHUNK_BYTES):
+    while data := file.read(sip_bytes):
         while data:
             if frame is None:
                 # gzip may be padded with zeros behind a member; no header begins with one
@@ -196,12 +208,9 @@ def _decompress(file: IO[bytes], suffix: str) -> Iterator[bytes]:
                 if not data:
                     break
                 frame, frames = _new_frame(suffix), frames + 1
-            try:
-                yield frame.decompress(data)
-            except (zstandard.ZstdError, zlib.error) as error:
-                raise EOFError(f"{error} before byte {file.tell()}") from error
-            data = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
+            if chunk := frame.decompress(data):
+                yield chunk
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None or not frames:
         raise EOFError(f"the last frame is cut off at byte {file.tell()}")
 

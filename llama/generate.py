@@ -277,7 +277,8 @@ def main(argv: list[str]) -> None:
     model, tokenizer, context = load(a.run, a.tokenizer)
 
     def answer(texts: Sequence[str], seed: int) -> None:
-        prompts = [[tokenizer.bos_id, *_encoded(tokenizer, text)] for text in texts]
+        with cli.as_user_error("the prompt cannot be encoded", ValueError):
+            prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
         longest = max(map(len, prompts))
         if longest >= context:
             raise UserError(
@@ -300,13 +301,6 @@ def main(argv: list[str]) -> None:
         converse(answer, a.seed)
     else:
         answer_lines(answer, a.seed)
-
-
-def _encoded(tokenizer: Tokenizer, text: str) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except ValueError as error:
-        raise UserError(f"the prompt cannot be encoded: {error}") from error
 
 
 if __name__ == "__main__":

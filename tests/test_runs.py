@@ -442,7 +442,7 @@ FRESH = {
     "no source": ({"data.mixture": '{"code": 0.5, "poems": 0.5}'}, "poems"),
     "vocabulary": ({"model.vocab_size": 513}, "model.vocab_size is 513"),
     "no window": ({"data.seq_len": 512_000, "train.batch_tokens": 512_000}, "holds no window"),
-    "layout": ({"parallel.shard": 3}, "do not make the 1 processes"),
+    "layout": ({"parallel.shard": 3}, "do not make a world of 1: parallel.shard 1 with"),
     "init": ({"train.init_from": "runs/nothing"}, "runs/nothing does not exist"),
 }
 
@@ -457,7 +457,10 @@ def test_refused_before_anything_is_trained(workspace: Path, case: str) -> None:
 
 def test_under_torchrun_one_sentence_for_all_ranks(workspace: Path) -> None:
     options = {"train.batch_tokens": 1024 + 64}
-    _refused(Run(workspace, "refused-two", 2, options), "does not divide over 2 processes")
+    _refused(
+        Run(workspace, "refused-two", 2, options),
+        "does not divide over parallel.replicate x shard = 2",
+    )
 
 
 def test_another_tokenizer_is_refused(workspace: Path, single: Run) -> None:

@@ -24,24 +24,8 @@ from llama.cli import UserError
 from llama.config import Count
 from tokenizer.tokenizer import Tokenizer
 
-# What is not for the user to choose. The trainer writes its options into the model, so the number
-# of threads is fixed lest the same text give other bytes on another machine.
-FIXED: dict[str, Any] = {
-    "model_type": "bpe",
-    "split_digits": True,
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": True,
-    "allow_whitespace_only_pieces": True,
-    "unk_id": 0,
-    "bos_id": 1,
-    "eos_id": 2,
-    "pad_id": -1,
-    "hard_vocab_limit": True,
-    "shuffle_input_sentence": False,
-    "num_threads": 16,
-}
+# What is not for the user to choose.
+FIXED = files.read_yaml(Path(__file__).with_name("fixed.yaml"))
 # Options, the least and the most that each may be.
 LIMITS: dict[str, tuple[float, float]] = {
     "vocab_size": (3 + 256 + 1, math.inf),  # unk, BOS, EOS, the bytes, and a character

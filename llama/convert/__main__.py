@@ -49,10 +49,8 @@ def main(argv: list[str]) -> None:
     checkpoint.refuse_small_disk(a.dst, 2 * source.n_parameters * dtype.itemsize)
     if original.format == "hf":
         print(f"{original.path} {check.hf(original, original.path)}")
-    try:
+    with cli.as_user_error(f"{a.dst} cannot be written", OSError, SafetensorError):
         print(write(source, tokenizer, a))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{a.dst} cannot be written: {error}") from error
     print(f"wrote {a.dst}: {a.to}, {source.dtype_name}")
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llama import files
-from llama.cli import UserError, show_count
+from llama.cli import UserError, as_user_error, show_count
 from llama.config import ModelConfig
 from llama.convert import names, pieces
 from llama.convert.source import TOKENIZER, Source, fitting, model_config, numbers
@@ -99,12 +99,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _mapped(file: Path) -> dict[str, Tensor]:
-    try:
+    with as_user_error(f"{file} is truncated or no safetensors file", OSError, SafetensorError):
         weights = safe_open(file, "pt")
         found = [name for name in weights.keys() if not BUFFER.fullmatch(name)]
         return {name: weights.get_tensor(name) for name in found}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is truncated or no safetensors file: {error}") from error
 
 
 def write(source: Source, tokenizer: Tokenizer, part: Path, license: str | None) -> None:

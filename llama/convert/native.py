@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from llama import config
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 from llama.config import Config, DataConfig
 from llama.convert import names
 from llama.convert.source import TOKENIZER, Source, fitting, model_config
@@ -43,17 +43,14 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> Source:
     if problem := checkpoint.damage(place, part=part, parts=parts):
         raise UserError(f"{place} is damaged: {problem}")
     state = checkpoint.read_state(place)
-    try:
+    what = f"{place} does not record how it was trained"
+    with as_user_error(what, KeyError, TypeError, show=repr):
         saved, tokenizer_sha256 = state["config"], state["fingerprints"]["tokenizer"]
         data, context = Path(saved["data"]["path"]), int(saved["data"]["seq_len"])
         cfg = model_config(place / checkpoint.STATE, **saved["model"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{place} does not record how it was trained: {error!r}") from error
-    reader = _Reader(place)
-    try:
+    reader, kinds = _Reader(place), (OSError, pickle.UnpicklingError, AttributeError, EOFError)
+    with as_user_error(f"{place} has no readable list of tensors", *kinds):
         listed = reader.read_metadata().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
-        raise UserError(f"{place} has no readable list of tensors: {error}") from error
     with torch.device("meta"):
         weights = {
             name.removeprefix(PREFIX): torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -145,11 +145,9 @@ def numbers(
 
 def model_config(where: Path, **values: Any) -> ModelConfig:
     """A configuration read from a file, K and F written out; refused if no model can have it."""
-    try:
+    with cli.as_user_error(f"{where}", TypeError, ValueError):
         cfg = ModelConfig(**values)
         config.check(Config(model=cfg))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
     return replace(cfg, n_kv_heads=cfg.kv_heads, ffn_dim=cfg.hidden_dim)
 
 

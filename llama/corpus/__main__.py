@@ -1,22 +1,6 @@
 """`python -m llama.corpus COMMAND`: raw text in, document shards out (paper §2.1).
 
-A command is a module with `main`, imported when it is called: what one needs, others need not have.
-"""
-
-from importlib import import_module
-
-from llama import cli
-from llama.cli import UserError
-
-COMMANDS = {
-    "run": "llama.corpus.recipes",
-    "train_models": "llama.corpus.models.train",
-    "dedup": "llama.corpus.dedup",
-    "all": "llama.corpus.graph",
-    "report": "llama.corpus.report",
-    "explain": "llama.corpus.explain",
-}
-USAGE = """usage: python -m llama.corpus COMMAND
+usage: python -m llama.corpus COMMAND
 
   run --config configs/corpus/plain.yaml --input PATH ...
       --output data/SET/documents/SOURCE [--OPTION VALUE]
@@ -34,7 +18,24 @@ USAGE = """usage: python -m llama.corpus COMMAND
   explain CLEAN ID           what happened to one document at each step
 
 The first four take [--workers N] [--executor local|datatrove|slurm|ray]; each
-lists its options with --help, `run --config FILE --help` those of a recipe."""
+lists its options with --help, `run --config FILE --help` those of a recipe.
+"""
+
+from importlib import import_module
+
+from llama import cli
+from llama.cli import UserError
+
+# Modules with `main`, imported when they are called: what one needs, others need not have.
+COMMANDS = {
+    "run": "llama.corpus.recipes",
+    "train_models": "llama.corpus.models.train",
+    "dedup": "llama.corpus.dedup",
+    "all": "llama.corpus.graph",
+    "report": "llama.corpus.report",
+    "explain": "llama.corpus.explain",
+}
+USAGE = str(__doc__).partition("\n\n")[2].rstrip()
 
 
 def main(argv: list[str]) -> None:

@@ -170,13 +170,11 @@ def conclude(
 ) -> Summary:
     """Check the records of a stage that has run, and write the lists and counts beside them."""
     summary = Summary(stage.folder, plan.recipe, records, plan.left_out)
-    try:
+    with cli.as_user_error(f"{stage.folder} cannot be written", OSError):
         _write_quarantine(summary)
         _check_quarantine(summary, max_quarantined)
         assert len(records) == len(plan.units), "a unit was neither done nor refused"
         _write_stats(summary, plan, stage.header["plan"])
-    except OSError as error:
-        raise UserError(f"{stage.folder} cannot be written: {error}") from error
     return summary
 
 

@@ -38,16 +38,7 @@ _CLASSES = {
     "ray": "RayPipelineExecutor",
 }
 # Arguments of datatrove's executors that are not the user's business.
-_OURS = {
-    "self",
-    "pipeline",
-    "tasks",
-    "workers",
-    "logging_dir",
-    "depends",
-    "skip_completed",
-    "job_name",
-}
+_OURS = set("self pipeline tasks workers logging_dir depends skip_completed job_name".split())
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import os
 import pickle
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -68,32 +67,23 @@ def _sweep(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-class Journal:
-    """The journal of an output folder, opened for one plan.
+@contextmanager
+def opened(folder: Path, header: Record) -> Iterator["Journal"]:
+    """The journal of an output folder, for one plan.
 
     Raises `UserError` when another run is at work there, or when the journal is of another plan.
     """
+    with only_one(folder), open(folder / NAME, "a+b") as file:
+        yield Journal(folder, header, file)
 
-    def __init__(self, folder: Path, header: Record) -> None:
-        self.folder, self.path, self.header = folder, folder / NAME, header
+
+class Journal:
+    """The journal of an output folder, see `opened`."""
+
+    def __init__(self, folder: Path, header: Record, file: IO[bytes]) -> None:
+        self.folder, self.path, self.header, self._file = folder, folder / NAME, header, file
         self.finished: dict[str, Record] = {}
-
-    def __enter__(self) -> "Journal":
-        with ExitStack() as stack:
-            stack.enter_context(only_one(self.folder))
-            self._file = open(self.path, "a+b")
-            stack.callback(self._close)
-            self._read()
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        self._read()
 
     def write(self, record: Record) -> None:
         """Record a unit; once this returns, no later run does it again."""
@@ -107,11 +97,6 @@ class Journal:
             if isinstance(record, dict) and record["unit"] not in self.finished:
                 self.write(record)
             left.unlink()
-
-    def _close(self) -> None:
-        # on a full disk closing tries once more to write, and fails once more
-        with suppress(OSError):
-            self._file.close()
 
     def _read(self) -> None:
         self._file.seek(0)

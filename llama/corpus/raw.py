@@ -7,12 +7,10 @@ counted. `llama.files` reads what the project itself has written.
 
 import codecs
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
 
-import zstandard
+from llama import files
 
 CHUNK_BYTES = 1 << 20
 # Compressed bytes given to a decompressor at once: a zstd block may grow 32,749 times.
@@ -20,7 +18,6 @@ SIP_BYTES = 1 << 10
 # Text compresses 2 to 10 times, much-repeated text rarely 100 times; below the floor nobody cares.
 MAX_RATIO = 200
 RATIO_FLOOR_BYTES = 1 << 28
-ZSTD_MAX_WINDOW_BYTES = 1 << 27
 COMPRESSED = (".gz", ".zst")
 
 BOMS = (
@@ -51,7 +48,7 @@ def chunks(path: str | Path, begin: int = 0, size: int | None = None) -> Iterato
     with open(path, "rb") as file:
         if Path(path).suffix in COMPRESSED:
             limit = expansion_limit(os.fstat(file.fileno()).st_size)
-            for chunk in _inflated(file, Path(path).suffix):
+            for chunk in files.inflated(file, Path(path).suffix, SIP_BYTES):
                 limit -= len(chunk)
                 if limit < 0:
                     raise ValueError(f"expands more than {MAX_RATIO} times: taken for a bomb")
@@ -62,31 +59,6 @@ def chunks(path: str | Path, begin: int = 0, size: int | None = None) -> Iterato
         while left > 0 and (chunk := file.read(min(CHUNK_BYTES, left))):
             left -= len(chunk)
             yield chunk
-
-
-def _inflated(file: IO[bytes], suffix: str) -> Iterator[bytes]:
-    """Every frame of a .zst or member of a .gz; plain readers stop silently where one is cut."""
-    frame: Any = None
-    frames = 0
-    while sip := file.read(SIP_BYTES):
-        while sip:
-            if frame is None:
-                # gzip files may be padded with zeros; no header begins with one
-                sip = sip.lstrip(b"\0") if suffix == ".gz" else sip
-                if not sip:
-                    break
-                frame, frames = _new_frame(suffix), frames + 1
-            if chunk := frame.decompress(sip):
-                yield chunk
-            sip, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame is not None or not frames:
-        raise EOFError(f"the last frame is cut off at byte {file.tell()}")
-
-
-def _new_frame(suffix: str) -> Any:
-    if suffix == ".gz":
-        return zlib.decompressobj(wbits=31)
-    return zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES).decompressobj()
 
 
 def lines(source: Iterable[bytes], max_bytes: int) -> Iterator[tuple[bytes | None, int]]:

@@ -26,16 +26,7 @@ from llama.html import Markup, Picture, tag
 from tokenizer.tokenizer import Tokenizer
 
 BILL = "bill_of_materials.json"
-# Table 1: share of the tokens a model sees, epochs of the source in 1.4T tokens, text on disk.
-TABLE_1 = {
-    "commoncrawl": (0.67, 1.10, "3.3 TB"),
-    "c4": (0.15, 1.06, "783 GB"),
-    "github": (0.045, 0.64, "328 GB"),
-    "wikipedia": (0.045, 2.45, "83 GB"),
-    "books": (0.045, 2.23, "85 GB"),
-    "arxiv": (0.025, 1.06, "92 GB"),
-    "stackexchange": (0.02, 1.03, "78 GB"),
-}
+TABLE_1 = files.read_yaml(Path(files.__file__).with_name("table_1.yaml"))
 BYTES_PER_TOKEN = 4
 LIBRARIES = "llama-pretraining numpy orjson zstandard pyarrow py7zr resiliparse py3langid datatrove"
 SAMPLE_CHARS, LISTED, INPUTS = 500, 12, 3
@@ -66,11 +57,9 @@ def main(argv: Sequence[str]) -> None:
     if output.suffix not in (".html", ".htm") or output.is_dir():
         raise UserError(f"--output is {output}, expected a file name that ends in .html")
     found = lineage.sources(clean)
-    try:
+    with cli.as_user_error("--tokenizer", ValueError):
         model = Path(a.tokenizer, "tokenizer.model")
         tokenizer = Tokenizer(model if model.is_file() else a.tokenizer) if a.tokenizer else None
-    except ValueError as error:
-        raise UserError(f"--tokenizer: {error}") from error
     entries, looks = {}, {}
     for name, stages in found.items():
         entries[name], looks[name] = look(stages, tokenizer, a.read)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from llama import cli
 from llama.cli import UserError
 from llama.corpus.executors import Executor
-from llama.corpus.journal import Journal, Record, intact, stamp
+from llama.corpus.journal import Journal, Record, intact, opened, stamp
 from llama.corpus.pool import At, Died
 
 
@@ -132,7 +132,7 @@ def run(stages: Sequence[Stage], executor: Executor) -> list[list[Record]]:
     """
     try:
         with ExitStack() as stack:
-            journals = [stack.enter_context(Journal(s.folder, s.header)) for s in stages]
+            journals = [stack.enter_context(opened(s.folder, s.header)) for s in stages]
             executor.begin([stage.folder for stage in stages])
             for stage, journal in zip(stages, journals, strict=True):
                 journal.collect()
@@ -156,7 +156,7 @@ def run(stages: Sequence[Stage], executor: Executor) -> list[list[Record]]:
 
 def finished(stage: Stage) -> bool:
     """Whether there is nothing left to do."""
-    with Journal(stage.folder, stage.header) as journal:
+    with opened(stage.folder, stage.header) as journal:
         return not stage.todo(journal.finished)
 
 

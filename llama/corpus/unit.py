@@ -105,7 +105,6 @@ class Work:
         """Do one unit; `at` is told which piece is being read, in case the reader crashes."""
         tally = _Tally()
         lost = dict(job.lost)
-        run = _apply_in_child if job.careful else _apply_here
         names = job.name, DROPPED.format(job.name.partition(".")[0])
         path, aside = (self.folder / name for name in names)
         with LineWriter(path) as out, LineWriter(aside) as dropped:
@@ -117,7 +116,7 @@ class Work:
                 if i in lost:
                     items = [Dropped(piece.name, "crash", piece.size, f"the reader {lost[i]}")]
                 for batch in _batches(items, piece.format, tally):
-                    for item in run(self.steps, batch, self.deadline_s):
+                    for item in _applied(self.steps, batch, self.deadline_s, job.careful):
                         tally.end(piece.format, item, out, dropped)
         return {
             "unit": job.name,
@@ -223,35 +222,30 @@ def _batches(items: Iterable[Item], format: str, tally: _Tally) -> Iterator[list
     yield batch
 
 
-def _apply_here(steps: Sequence[Step], batch: list[Item], deadline_s: float) -> Sequence[Outcome]:
-    """A batch through the steps in this process, which the alarm ends when it takes too long."""
-    signal.setitimer(signal.ITIMER_REAL, deadline_s)
-    try:
-        return _mixed(batch, lambda documents: trace(steps, documents))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _applied(
+    steps: Sequence[Step], batch: Sequence[Item], deadline_s: float, careful: bool
+) -> list[Outcome]:
+    """The documents of a batch through the steps, and beside them what the reader dropped.
 
-
-def _apply_in_child(
-    steps: Sequence[Step], batch: list[Item], deadline_s: float
-) -> Sequence[Outcome]:
-    """A batch through the steps in a child process; if it dies, each document in one of its own."""
-    return _mixed(batch, lambda documents: _guarded(steps, documents, deadline_s))
-
-
-def _mixed(
-    batch: list[Item], through: Callable[[Sequence[Document]], Sequence[Outcome]]
-) -> Sequence[Outcome]:
-    """The documents of a batch through the steps, and beside them what the reader dropped."""
+    In this process, which the alarm ends when it takes too long, or with care in a child process.
+    """
     documents = [item for item in batch if isinstance(item, Document)]
     aside: list[Outcome] = [item for item in batch if not isinstance(item, Document)]
-    return [*(through(documents) if documents else ()), *aside]
+    if careful or not documents:
+        return [*_guarded(steps, documents, deadline_s), *aside]
+    signal.setitimer(signal.ITIMER_REAL, deadline_s)
+    try:
+        return [*trace(steps, documents), *aside]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _guarded(
     steps: Sequence[Step], documents: Sequence[Document], deadline_s: float
 ) -> Sequence[Outcome]:
-    """`trace` in a child process."""
+    """`trace` in a child process; if it dies, each document in one of its own."""
+    if not documents:
+        return []
     [answer] = guard.each(partial(trace, steps), [documents], deadline_s)
     if not isinstance(answer, Died | Failed):
         return answer

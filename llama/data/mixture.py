@@ -4,27 +4,19 @@ In: a run's configuration with its shards, or with token counts. Out: a table. W
 counts of RedPajama-1T and 1.4T tokens it shows how far that data is from Table 1 (§2.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 
-from llama import cli, config
+from llama import cli, config, files
 from llama.cli import UserError
 from llama.data.order import integer_weights
 from llama.data.shards import open_sources
 
-# Table 1: epochs over each source in the 1.4T tokens of the 33B and 65B models.
-PAPER_EPOCHS = {
-    "commoncrawl": 1.10,
-    "c4": 1.06,
-    "github": 0.64,
-    "wikipedia": 2.45,
-    "books": 2.23,
-    "arxiv": 1.06,
-    "stackexchange": 1.03,
-}
+# Epochs over each source in the paper.
+TABLE_1 = files.read_yaml(Path(files.__file__).with_name("table_1.yaml"))
+PAPER_EPOCHS = {name: epochs for name, (_, epochs, _) in TABLE_1.items()}
 MANY_EPOCHS = 4  # repeating data beyond this gives little (Muennighoff et al., 2023)
 
 

@@ -49,15 +49,14 @@ class Source:
         path = self.folder / "manifest.json"
         manifest = files.read_json(path)
         self.manifest_sha256 = files.sha256(path)
-        try:
+        what = f"{path} is no manifest of token shards"
+        with cli.as_user_error(what, KeyError, TypeError, ValueError, show=repr):
             self.dtype: Dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
             self.tokenizer_sha256 = str(manifest["tokenizer_sha256"])
             self.vocab_size, self.bos_id, self.eos_id = (
                 int(manifest[key]) for key in ("vocab_size", "bos_id", "eos_id")
             )
             self.shards = _manifest_shards(manifest["shards"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no manifest of token shards: {error!r}") from error
         if self.dtype not in DTYPES.values():
             raise UserError(f"{path}: dtype {self.dtype} is neither uint16 nor int32")
         self._starts = [shard.start for shard in self.shards]

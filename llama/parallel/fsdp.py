@@ -7,38 +7,66 @@ before a block begins, and a block's gradients are reduced while the one before 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from llama.cli import UserError
 from llama.config import ParallelConfig
+from llama.parallel import context, layout
 
 
-def layout(cfg: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(replicate, shard) with -1 filled in. Raises `UserError` where they do not give the world."""
-    replicate, shard = cfg.replicate, cfg.shard
-    known = (replicate if shard == -1 else 1) * (shard if replicate == -1 else 1)
-    if -1 in (replicate, shard) and world_size % known == 0:
-        rest = world_size // known
-        replicate, shard = (rest, shard) if replicate == -1 else (replicate, rest)
-    if replicate * shard != world_size:
-        raise UserError(
-            f"parallel.replicate {cfg.replicate} x parallel.shard {cfg.shard} "
-            f"do not make the {world_size} processes of this run"
-        )
-    return replicate, shard
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands in the layout.
+
+    Args:
+        weights: What parameters lie on: (replicate,) shard (, tensor). FSDP divides them over the
+            processes of a sequence too.
+        data_rank, data_size: Which share of a batch's windows it trains on.
+        context: The processes that share its sequences, if there are others.
+        tensor_rank: Which part of each matrix it has. All of a tensor group know the same losses,
+            so that only those of the first count.
+    """
+
+    weights: DeviceMesh
+    data_rank: int
+    data_size: int
+    context: dist.ProcessGroup | None
+    tensor_rank: int
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This process's part of (B, T) sequences."""
+        if self.context is None:
+            return whole
+        return context.part(whole, self.context.rank(), self.context.size())
 
 
-def mesh(cfg: ParallelConfig, device_type: str) -> DeviceMesh:
-    """The mesh FSDP runs on: (shard,) or (replicate, shard)."""
-    replicate, shard = layout(cfg, dist.get_world_size())
-    if replicate == 1:
-        return init_device_mesh(device_type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def place(cfg: ParallelConfig, device_type: str) -> Place:
+    """Make the groups of a layout; all processes call it together."""
+    n = layout.sizes(cfg, dist.get_world_size())
+    data_size, rank = n["replicate"] * n["shard"], dist.get_rank()
+    dims = {
+        "replicate": n["replicate"],
+        "shard": n["shard"] * n["context"],
+        "tensor": n["tensor"],
+    }
+    dims = {name: size for name, size in dims.items() if size > 1 or name == "shard"}
+    group = None
+    if n["context"] > 1:
+        shape = data_size, n["context"], n["tensor"]
+        names = ("data", "context", "tensor")
+        group = init_device_mesh(device_type, shape, mesh_dim_names=names).get_group("context")
+    return Place(
+        weights=init_device_mesh(device_type, tuple(dims.values()), mesh_dim_names=tuple(dims)),
+        data_rank=rank // (n["context"] * n["tensor"]),
+        data_size=data_size,
+        context=group,
+        tensor_rank=rank % n["tensor"],
+    )
 
 
 def apply(
@@ -85,13 +113,14 @@ def without_effect(model: nn.Module, cfg: ParallelConfig, micro_batches: int) ->
     """Sentences about keys that change nothing in this run."""
     mesh = getattr(next(model.parameters()), "device_mesh", None)
     sizes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {}
-    replicas = sizes.pop("replicate", 1) > 1
-    divided = max(sizes.values(), default=1) > 1
-    reduced = replicas if cfg.accumulate == "replica_deferred" else replicas or divided
+    replicas, divided = (sizes.get(name, 1) > 1 for name in ("replicate", "shard"))
+    deferred = cfg.accumulate == "replica_deferred"
+    reduced = micro_batches > 1 and (replicas or divided and not deferred)
+    groups = "replicas" if deferred else "processes"
     for key, usual, works, needs in (
-        ("accumulate", "sharded", micro_batches > 1 and reduced, "several micro-batches, which"),
-        ("reshard", True, divided, "weights that"),
-        ("prefetch", 1, divided, "weights that"),
+        ("accumulate", "sharded", reduced, f"several micro-batches, {groups}"),
+        ("reshard", True, divided, "parallel.shard"),
+        ("prefetch", 1, divided, "parallel.shard"),
     ):
         if getattr(cfg, key) != usual and not works:
             yield f"parallel.{key} {getattr(cfg, key)} has no effect: it needs {needs}"

@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import matplotlib.style
@@ -25,16 +26,7 @@ VALIDATION: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markerfacecolor
 VALIDATION |= {"linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 3}
 WIDTH_INCHES, DPI = 11.0, 150
 MOST_SOURCES = 12
-STYLE = {
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-}
+STYLE = Path(__file__).with_name("plots.mplstyle")
 LOSS = "loss (nats per token)"
 # The highest share of losses that may lie above a panel: the first ones would flatten all others.
 ABOVE = 0.02

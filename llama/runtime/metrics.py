@@ -1,14 +1,15 @@
 """Numbers of a run: one line a log step on the terminal, every number in metrics.jsonl.
 
-metrics.jsonl is the record: rows are appended by rank 0, steps strictly increase, also over
-interruptions (rows behind the step a run resumes from are dropped). wandb and tensorboard get the
-same rows; neither can stop a run.
+metrics.jsonl is the record: rows are appended by rank 0, steps strictly increase within a branch,
+also over interruptions (rows behind the step a run resumes from are dropped). A rewind begins the
+next branch and the rows of the last one stay: `lineage` leaves out those it took back. wandb and
+tensorboard get the same rows; neither can stop a run.
 """
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ from llama.config import LogConfig
 class Metrics:
     """Writes rows; made on rank 0 only."""
 
-    def __init__(self, run: Path, cfg: LogConfig, resume_step: int, settings: dict[str, Any]):
+    def __init__(
+        self,
+        run: Path,
+        cfg: LogConfig,
+        resume_step: int,
+        settings: dict[str, Any],
+        branch: int = 0,
+    ) -> None:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            keep_rows(self.path, resume_step)
+            keep_rows(self.path, resume_step, branch)
         self._file = open(self.path, "ab")
         self._sinks = [s for s in (_wandb(run, cfg, settings), _tensorboard(run, cfg)) if s]
         self._lost = False
@@ -80,17 +88,28 @@ class Clock:
         return rate, waiting
 
 
-def keep_rows(path: Path, last_step: int) -> None:
-    """Drop rows after `last_step`, and a last row cut off by a kill."""
+def keep_rows(path: Path, last_step: int, branch: int = 0) -> None:
+    """Drop rows of `branch` after `last_step`, later branches, and a row cut off by a kill."""
     kept = []
     for line in path.read_bytes().splitlines():
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
-        if row["step"] <= last_step:
+        of = row.get("branch", branch)
+        if of < branch or of == branch and row["step"] <= last_step:
             kept.append(line + b"\n")
     files.write_atomic(path, b"".join(kept))
+
+
+def lineage(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the run as it stands: without the steps that a later branch made again."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        while kept and "step" in row and kept[-1].get("step", 0) >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
 
 
 HEADER = (

@@ -4,8 +4,7 @@ Tensors (weights, moments) go through llama.runtime.checkpoint by name; all else
 refuses another model, tokenizer or data: training on by accident is worse than stopping.
 """
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,13 @@ import torch
 from torch.profiler import record_function
 
 from llama import config, optim
-from llama.cli import UserError, show_seconds
+from llama.cli import UserError
 from llama.config import Config, ModelConfig
 from llama.data import order, schedule, shards
-from llama.runtime import checkpoint
+from llama.parallel.fsdp import Place
+from llama.runtime import background, checkpoint
+from llama.runtime.guard import Guard
+from llama.runtime.stragglers import Pace
 from llama.runtime.world import World
 
 
@@ -33,6 +35,7 @@ class State:
     valid: dict[str, shards.Source]
     order: order.Order
     steps: int
+    place: Place
     # processes the gradients are averaged over; windows, dtype and attention of a forward pass
     averaged_over: int
     micro_batch: int
@@ -40,7 +43,10 @@ class State:
     backend: str
     # (sum of token losses, tokens) per source since the last log line, float64
     window: torch.Tensor
+    guard: Guard
+    pace: Pace = field(default_factory=Pace)
     step: int = 0
+    saver: background.Saver = field(default_factory=background.Saver)
 
     @property
     def tokens(self) -> int:
@@ -78,35 +84,33 @@ class Step:
 
 
 @record_function("save")
-def save(state: State) -> bool:
-    """Write a checkpoint of this step; a failure is said, and training may go on."""
+def save(state: State, wait: bool = True) -> bool:
+    """Write a checkpoint of this step; a failure is said, and training may go on.
+
+    Without `wait` in the background, as `checkpoint.background` says; False if it failed by now.
+    """
     contents = {
         "format": 1,
         "step": state.step,
         "tokens": state.tokens,
         "adam_steps": optim.step_count(state.optimizer),
         "segments": state.order.segments,
+        "branch": state.guard.branch,
+        "guard": state.guard.state(),
         "window": dict(zip(state.order.names, state.window.tolist(), strict=True)),
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "fingerprints": state.fingerprints(),
         "config": config.to_dict(state.cfg),
     }
-    began = time.monotonic()
-    problem = checkpoint.save(
-        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint.keep
+    return state.saver.save(
+        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint, wait
     )
-    if problem:
-        text = f"WARNING: the checkpoint of step {state.step} failed: {problem}"
-    else:
-        spent = show_seconds(time.monotonic() - began)
-        text = f"saved {checkpoint.folder(state.run)}/step-{state.step:08d} in {spent}"
-    state.world.say(text)
-    return not problem
 
 
 def resume(state: State) -> bool:
     """Load the newest valid checkpoint of the run; False where there is none."""
     cfg, here = state.cfg, state.world
+    rewinds = here.broadcast(_settle(state.run) if here.leads else None)
     found = checkpoint.choose(state.run, here)
     if found is None:
         return False
@@ -121,13 +125,27 @@ def resume(state: State) -> bool:
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step = saved["step"]
-    state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
+    segments = schedule.segments(saved, rewinds)
+    state.order, unread = schedule.go_on(cfg, state.sources, segments, state.step, changed)
+    state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
     for name, windows in unread.items():
         here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
     rows = [saved["window"].get(name, [0.0, 0.0]) for name in state.order.names]
     state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
     here.say(f"resuming {state.run} from step {state.step} ({found.name})")
     return True
+
+
+def _settle(run: Path) -> list[dict[str, Any]]:
+    """The rewinds of a run, the last one carried out: a kill does not undo what was decided."""
+    rewinds = schedule.rewinds(run)
+    if rewinds and not checkpoint.steps(run):
+        # somebody removed the checkpoints: the run begins anew
+        (run / schedule.REWINDS).unlink()
+        return []
+    if rewinds:
+        checkpoint.abandon(run, rewinds[-1]["to"], rewinds[-1]["branch"])
+    return rewinds
 
 
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama import files
-from llama.cli import UserError
+from llama.cli import as_user_error
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -134,15 +134,12 @@ class KneserNey:
     @classmethod
     def load(cls, path: str | Path) -> "KneserNey":
         """A saved model, mapped; `UserError` names a file that is missing, damaged or no model."""
-        try:
+        what = f"{path} cannot be read as a language model"
+        with as_user_error(what, OSError, ValueError, EOFError, IndexError):
             table = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-            if table.dtype != np.uint64 or table[0].tolist() != [
-                _MAGIC,
-                zlib.crc32(table[1:].data),
-            ]:
+            known = table.dtype == np.uint64 and int(table[0, 0]) == _MAGIC
+            if not known or int(table[0, 1]) != zlib.crc32(table[1:].data):
                 raise ValueError("it is none of train_models, or its checksum is wrong")
-        except (OSError, ValueError, EOFError, IndexError) as error:
-            raise UserError(f"{path} cannot be read as a language model: {error}") from error
         return cls(table)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.cli import UserError
+from llama.cli import as_user_error
 from llama.files import atomic_file
 
 Codes = NDArray[np.uint32]
@@ -106,19 +106,16 @@ class Linear:
     @staticmethod
     def load(path: str | Path) -> "Linear":
         """Read what `save` wrote; raises `UserError` naming a file that is none of those."""
-        try:
-            with np.load(path, allow_pickle=False) as found:
-                weights = found["weights"].astype(np.float32)
-                labels = tuple(map(str, found["labels"]))
-                model = Linear(
-                    str(found["kind"]), labels, weights, float(found["unit"]), found["alphabet"]
-                )
-            if model.kind not in FEATURES or weights.shape != (1 << BUCKET_BITS, len(labels)):
-                raise ValueError(f"{model.kind} with weights of shape {weights.shape}")
-            if not np.isfinite(model.unit) or model._known.any() != (model.kind == "characters"):
-                raise ValueError(f"its unit is {model.unit}, its alphabet {len(model.alphabet)}")
-        except (OSError, LookupError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is no classifier of train_models: {error}") from error
+        kinds = OSError, LookupError, ValueError, EOFError, zipfile.BadZipFile
+        what = f"{path} is no classifier of train_models"
+        with as_user_error(what, *kinds), np.load(path, allow_pickle=False) as found:
+            weights, labels = found["weights"].astype(np.float32), tuple(map(str, found["labels"]))
+            kind, unit = str(found["kind"]), float(found["unit"])
+            model = Linear(kind, labels, weights, unit, found["alphabet"])
+            if kind not in FEATURES or weights.shape != (1 << BUCKET_BITS, len(labels)):
+                raise ValueError(f"{kind} with weights of shape {weights.shape}")
+            if not np.isfinite(unit) or model._known.any() != (kind == "characters"):
+                raise ValueError(f"its unit is {unit}, its alphabet {len(model.alphabet)}")
         return model
 
 

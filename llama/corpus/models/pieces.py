@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 
 from llama import files
-from llama.cli import UserError
+from llama.cli import as_user_error
 
 # CCNet's vocabulary.
 MAX_PIECES = 65_536
@@ -106,10 +106,9 @@ class Pieces:
     """A model of pieces; `UserError` names a file that is missing or none."""
 
     def __init__(self, path: str | Path) -> None:
-        try:
+        what = f"{path} cannot be read as a SentencePiece model"
+        with as_user_error(what, OSError, RuntimeError):
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read as a SentencePiece model: {error}") from error
 
     def __len__(self) -> int:
         return len(self._processor)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def write(
     wikipedia: Sequence[Path], crawl: Sequence[Path], folder: Path
 ) -> dict[str, dict[str, int]]:
     """Write the samples of every kind into a folder; documents and bytes there are of each."""
-    links = [_links(document) for document in _read(wikipedia)]
+    links = [_links(document) for document in chain.from_iterable(map(read_documents, wikipedia))]
     known = np.unique(np.concatenate([np.empty(0, np.uint64), *links]))
     kinds: dict[str, Kind] = defaultdict(Kind)
     for kind, key, _, text in _kinds(wikipedia, crawl, known):
@@ -111,11 +112,11 @@ def _kinds(
     wikipedia: Sequence[Path], crawl: Sequence[Path], known: NDArray[np.uint64]
 ) -> Iterator[tuple[str, int, str, str]]:
     """(kind, hash, what it is held out with, text); a page is of two kinds."""
-    for document in _read(wikipedia):
+    for document in chain.from_iterable(map(read_documents, wikipedia)):
         if _LANGUAGE.fullmatch(language := _meta(document, "language")):
             id, text = document["id"], document["text"]
             yield f"articles-{language}", _hash(id), id, text
-    for document in _read(crawl):
+    for document in chain.from_iterable(map(read_documents, crawl)):
         url = address(_meta(document, "url")) or document["id"]
         key, site, text = _hash(url), url.partition("/")[0], document["text"]
         place = int(np.searchsorted(known, np.uint64(key)))
@@ -137,11 +138,6 @@ def _meta(document: Mapping[str, Any], name: str) -> str:
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
-
-
-def _read(paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    for path in paths:
-        yield from read_documents(path)
 
 
 def _path(folder: Path, kind: str) -> Path:

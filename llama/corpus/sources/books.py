@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llama import files
 from llama.cli import UserError
 from llama.config import Count
 from llama.corpus.document import Document, Item, Noted
@@ -26,30 +27,10 @@ from llama.corpus.steps.containment import Containment
 # Headers were at most 400 lines when the small print came first; footers are as long, and both are
 # twice as long where every line end has become two.
 _MARGIN_LINES = 1000
-_GUTENBERG = re.compile(
-    r"pro[jy]e[ck]t[os]?\s+gutenberg|gutenberg[- ]projekt|projekti gutenberg", re.I
-)
-# The last line of a header, from 1991 on, and the first of a footer in the languages seen.
-_HEADER_ENDS = re.compile(
-    r"^\W*START OF (?:THE|THIS)(?: COPYRIGHTED)? PROJECT GUTENBERG"
-    r"|^\W*END[* ]+(?:OF )?(?:THE )?SMALL PRINT|^\W*START OF (?:THE )?(?:E-?TEXT|E-?BOOK)",
-    re.IGNORECASE,
-)
-_FOOTER_BEGINS = re.compile(
-    r"^\W*(?:END|ENDE|FIN|FINE|FIM|EINDE|SLUT|SLUTT|LOPPU|KONIEC|KONEC|VÉGE)\b.{0,60}"
-    r"(?:PROJE[CK]T|PROYECTO|PROGETTO|PROJETO)\W+GUTENBERG|^\W*START:? FULL LICENSE"
-    r"|^\W*START\W+THE SMALL PRINT|^\W*THIS FILE SHOULD BE NAMED .*\.(?:TXT|ZIP)"
-    r"|^\W*(?:END|ENDE|FIN) OF (?:THIS )?(?:PROJECT )?GUTENBERG|^\W*ENDE DIESES E-?TEXTES\b",
-    re.IGNORECASE,
-)
-_CREDITS = re.compile(
-    r"\W*(?:produced by|e-?text prepared by|prepared by|transcribed (?:from|by)|scanned (?:and|by)"
-    r"|this e-?(?:text|book) was|html version by|note: project gutenberg|updated editions? will"
-    r"|distributed proof|online distributed|character set encoding)",
-    re.IGNORECASE,
-)
-_FIELD = re.compile(
-    r"^(title|author|language|titel|autor|sprache|titre|auteur|langue):\s*(.+)$", re.I
+_TABLES = files.read_yaml(Path(__file__).with_suffix(".yaml"))
+_GUTENBERG, _HEADER_ENDS, _FOOTER_BEGINS, _CREDITS, _FIELD = (
+    re.compile("|".join(_TABLES[name]), re.IGNORECASE)
+    for name in ("gutenberg", "header_ends", "footer_begins", "credits", "field")
 )
 _NAMES = {"titel": "title", "titre": "title", "autor": "author", "auteur": "author"}
 _NAMES |= {"sprache": "language", "langue": "language"}

@@ -10,9 +10,12 @@ import tomllib
 from collections.abc import Collection
 from email.parser import HeaderParser
 from functools import lru_cache, reduce
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+
+from llama import files
 
 _FILE = re.compile(
     r"(?!.*(?:third|3rd|bundle|depend|vendor|extern|header|\.(?:py|js|ts|go|java|rb|c|h|json)$|s\.rst$))"
@@ -22,53 +25,12 @@ _FILE = re.compile(
 _REUSE = re.compile(r"(?:^|/)LICENSES/[^/]+\.txt$")
 # Of these it matters when nobody knows their text.
 _MAIN_FILE = re.compile(r"(?i:licen[sc]e|copying)(?i:\.txt)?|L(?:ICEN[SC]E|icense)\.(?:md|rst)")
-_NAMES = {
-    "MIT": r"(?:mit|expat)(?: licen[sc]e)?(?: mit)?",
-    "Apache-2.0": r"apache(?: software)? licen[sc]e(?: v(?:ersion)?)?(?: 2| 2 0)?"
-    r"|apache(?: licen[sc]e)? v?2(?: 0)?(?: licen[sc]e)?",
-    "BSD-2-Clause": r"(?:simplified bsd|bsd 2(?: clause)?|2 clause bsd)(?: licen[sc]e)?",
-    "BSD-3-Clause": r"(?:(?:(?:new|modified|3 clause) )?bsd|bsd 3(?: clause)?)(?: licen[sc]e)?",
-    "proprietary": r"unlicensed|commercial|proprietary",
-}
-_MIT = (
-    "permission is hereby granted free of charge to any person obtaining a copy of this software ",
-    "without restriction including without limitation the rights to use copy modify merge publish "
-    "distribute sublicense and or sell copies of the software and to permit persons",
-    " included in all copies or substantial portions of the software",
-)
-_BSD = (
-    "redistribution and use in source and binary forms with or without modification are permitted "
-    "provided that the following conditions are met",
-    "redistributions of source code must retain the",
-    "redistributions in binary form must reproduce the",
-)
-_APACHE = r"apache license version 2 0 jan|under (?:the )?apache (?:licen[sc]e )?(?:version |v)?2 0"
-# What tells four clauses from three: thanks must be printed somewhere, or names are forbidden.
-_ADVERTS = (
-    r"advertising materials mentioning|must (?:include|display) the following acknowledg"
-    r"|products derived from this software may not be called"
+_TABLES = files.read_yaml(Path(__file__).with_suffix(".yaml"))
+_NAMES, _PATTERNS, _OTHERS, HARMLESS = (
+    {name: "|".join(said) for name, said in _TABLES[table].items()}
+    for table in ("names", "patterns", "others", "harmless")
 )
 _GPL = {"affero": "AGPL", "lesser": "LGPL", "library": "LGPL", "": "GPL"}
-_OTHERS = {
-    "MPL": r"mozilla public licen",
-    "other": r"\b(?:eclipse|common|european union|ibm|sun|netscape|reciprocal|q) public licen"
-    r"|(?:apple public source|common development and distribution|open software|artistic) licen"
-    r"|microsoft (?:reciprocal|public) licen|\bcecill\b|same terms as perl"
-    r"|obtain complete source code",
-    "restricted": r"commons clause|(?<!commercial or )(?<!commercial and )\bnon ?commercial\b"
-    r"|(?:elastic|business source|server side public|hippocratic) licen|\bpolyform\b"
-    r"|for good not evil|use based restrictions"
-    r"|(?:academic|research|evaluation)(?: use| purposes)? only",
-    "proprietary": r"unauthorized copying|proprietary and confidential|end user licen[sc]e"
-    r"|confidential and proprietary",
-}
-# Beside a licence that is allowed these speak of documents, data or a few files.
-HARMLESS = {
-    "CC": r"creative commons",
-    "ISC": r"copy modify and (?:or )?distribute this software for any purpose with or without fee",
-    "Unlicense": r"unencumbered software released into the public domain",
-    "Zlib": r"altered source versions must be plainly marked",
-}
 _SPDX = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() -]{1,300})")
 _ATOM = r"\(*[\w.+-]+\)*"
 _EXPRESSION = re.compile(rf"{_ATOM}(?: (?:and|or|with) {_ATOM})*", re.IGNORECASE)
@@ -98,12 +60,13 @@ def read_text(text: str) -> Evidence:
     elif gpl:
         # the first that is named; what these texts say of commerce and of each other is no limit
         found = (found - {"restricted"}) | {_GPL[gpl[1] or ""]}
-    if all(part in plain for part in _MIT) or "under the mit licen" in plain:
+    if all(part in plain for part in _TABLES["texts"]["MIT"]) or "under the mit licen" in plain:
         found.add("MIT")
-    if all(part in plain for part in _BSD):
+    if all(part in plain for part in _TABLES["texts"]["BSD"]):
         clauses = 3 if "endorse or promote products" in plain else 2
-        found.add(f"BSD-{4 if re.search(_ADVERTS, plain) else clauses}-Clause")
-    if re.search(_APACHE, plain):
+        clauses = 4 if re.search(_PATTERNS["adverts"], plain) else clauses
+        found.add(f"BSD-{clauses}-Clause")
+    if re.search(_PATTERNS["apache"], plain):
         found.add("Apache-2.0")
     declared = " AND ".join(f"({spdx.strip(' -')})" for spdx in _SPDX.findall(text))
     return Evidence(declared, frozenset(found))

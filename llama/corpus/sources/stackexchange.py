@@ -147,9 +147,9 @@ def _stream(piece: Piece, take: Callable[[bytes], Any]) -> None:
             take(chunk)
         return
     import py7zr
-    from py7zr.io import Py7zIO, WriterFactory
+    from py7zr.io import NullIO, WriterFactory
 
-    class Sink(Py7zIO):
+    class Sink(NullIO):
         """What py7zr writes a member to."""
 
         left = raw.expansion_limit(piece.size)
@@ -161,19 +161,8 @@ def _stream(piece: Piece, take: Callable[[bytes], Any]) -> None:
             take(bytes(s))
             return len(s)
 
-        def read(self, size: int | None = None) -> bytes:
-            return b""
-
-        def seek(self, offset: int, whence: int = 0) -> int:
-            return offset
-
-        def flush(self) -> None: ...
-
-        def size(self) -> int:
-            return 0
-
     class Sinks(WriterFactory):
-        def create(self, filename: str) -> Py7zIO:
+        def create(self, filename: str) -> NullIO:
             return Sink()
 
     with py7zr.SevenZipFile(piece.path) as archive:

@@ -56,8 +56,8 @@ class Site(NamedTuple):
     """What the head of a dump says of its wiki."""
 
     language: str
-    files: frozenset[str]
-    categories: frozenset[str]
+    file_space: str
+    category_space: str
 
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
@@ -114,14 +114,11 @@ def _chunks(path: str, format: str, begin: int = 0, size: int | None = None) -> 
                 return
             stream = bz2.BZ2Decompressor()
             while not stream.eof:
+                if not data and stream.needs_input and not (data := file.read(raw.CHUNK_BYTES)):
+                    raise EOFError(f"the last stream is cut off at byte {file.tell()}")
                 if chunk := stream.decompress(data, raw.CHUNK_BYTES):
                     yield chunk
-                    data = b""
-                    continue
-                if stream.needs_input:
-                    data = file.read(raw.CHUNK_BYTES)
-                    if not data:
-                        raise EOFError(f"the last stream is cut off at byte {file.tell()}")
+                data = b""
             data = stream.unused_data
             at = file.tell() - len(data)
 
@@ -145,8 +142,8 @@ def _site(path: str, name: str) -> Site:
     wiki = named or re.search(r"<dbname>(\w+?)wiki<", content)
     return Site(
         wiki[1].replace("_", "-") if wiki else "",
-        frozenset([spaces.get(_FILE_SPACE, "file").lower()]),
-        frozenset([spaces.get(_CATEGORY_SPACE, "category").lower()]),
+        spaces.get(_FILE_SPACE, "file").lower(),
+        spaces.get(_CATEGORY_SPACE, "category").lower(),
     )
 
 
@@ -154,16 +151,16 @@ def read(options: Options, piece: Piece) -> Iterator[Item]:
     """Articles of one dump, or of a piece of it."""
     site = _site(piece.path, piece.name)
     chunks = _chunks(piece.path, piece.format, piece.begin, piece.size)
-    for page in pages(chunks):
+    for number, page in enumerate(pages(chunks), 1):
         if isinstance(page, str):
             yield from _article(page, site, options, piece.name)
         else:
-            yield page._replace(id=f"{piece.name}:{piece.begin}:{page.id}")
+            yield page._replace(id=f"{piece.name}:{piece.begin}:{page.id or number}")
 
 
 def pages(chunks: Iterator[bytes]) -> Iterator[str | Dropped]:
     """The XML within each <page>; no parser, so that a damaged page costs itself alone."""
-    data, number = b"", 0
+    data = b""
     error: Exception | None = None
     while True:
         try:
@@ -177,21 +174,17 @@ def pages(chunks: Iterator[bytes]) -> Iterator[str | Dropped]:
             end = data.find(b"</page>", start)
             again = data.find(b"<page>", start + 6, end if end >= 0 else len(data))
             if again >= 0:
-                number += 1
-                yield Dropped(str(number), "xml", again - start, "a page without an end")
-                begin = again
-            elif end < 0:
+                yield Dropped("", "xml", again - start, "a page without an end")
+            elif end >= 0:
+                yield data[start:end].decode("utf-8", "replace")
+            begin = again if again >= 0 else end
+            if begin < 0:
                 begin = start
                 break
-            else:
-                number += 1
-                yield data[start:end].decode("utf-8", "replace")
-                begin = end
         data = data[begin:]
         if not chunk or len(data) > _MAX_PAGE_BYTES:
             if b"<page>" in data:
-                number += 1
-                yield Dropped(str(number), "xml", len(data), "a page without an end")
+                yield Dropped("", "xml", len(data), "a page without an end")
             data = b""
         if not chunk:
             if error:
@@ -221,7 +214,7 @@ def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Ite
             return
         if "\ufffd" in source:
             yield Noted("bytes that are not UTF-8")
-        body = wikitext.plain_text(source, site.files, site.categories)
+        body = wikitext.plain_text(source, [site.file_space], [site.category_space])
         meta: dict[str, Any] = {
             "title": title,
             "language": site.language,
@@ -236,5 +229,5 @@ def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Ite
 def _elsewhere(values: dict[str, str], title: str, site: Site) -> bool:
     """Dumps before 2010 have no <ns>: a prefix of the title tells files and categories."""
     prefix, colon, _ = title.partition(":")
-    known = site.files | site.categories | {"template", "wikipedia", "help", "portal", "mediawiki"}
+    known = "template", "wikipedia", "help", "portal", "mediawiki", *site[1:]
     return "ns" not in values and bool(colon) and prefix.lower() in known

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 from llama.corpus.document import Document, Item, Noted
 
 
@@ -31,14 +31,7 @@ PRESETS = {"reference": Rules(5, 3), "article": Rules(3, 5)}
 MAX_WORD_CHARS = 1000
 _END_MARKS, _ELLIPSIS = (".", "?", "!", '"'), "..."
 _CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-_POLICY = (
-    "terms of use",
-    "privacy policy",
-    "cookie policy",
-    "uses cookies",
-    "use of cookies",
-    "use cookies",
-)
+_POLICY = "terms of use, privacy policy, cookie policy, uses cookies, use of cookies, use cookies"
 # A mark, closing quotes or brackets, white space, and what may begin a sentence. Titles and
 # initials end in a full stop within one.
 _BOUNDARY = re.compile(
@@ -63,7 +56,7 @@ def clean(text: str, rules: Rules, bad: re.Pattern[str] | None) -> tuple[str, st
     sentences = 0
     # most pages hold none of these: one look at the page saves one at each of its lines
     whole = text.lower()
-    suspects = [w for w in ("lorem ipsum", "javascript", *_POLICY) if w in whole]
+    suspects = [w for w in ("lorem ipsum", "javascript", *_POLICY.split(", ")) if w in whole]
     for line in text.splitlines():
         line = line.strip()
         if len(line) > MAX_WORD_CHARS and max(map(len, line.split())) > MAX_WORD_CHARS:
@@ -108,10 +101,8 @@ def bad_word_pattern(path: str) -> re.Pattern[str]:
     So a word of a script without spaces is found inside a line. Raises `UserError` for a file that
     cannot be read or holds no word.
     """
-    try:
+    with as_user_error(f"bad_words {path} cannot be read", OSError, UnicodeDecodeError):
         words = sorted({line.strip().lower() for line in Path(path).read_text("utf-8").split("\n")})
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"bad_words {path} cannot be read: {error}") from error
     if not any(words):
         raise UserError(f"bad_words {path} holds no word")
     return re.compile(f"(?<![a-z])(?:{'|'.join(map(re.escape, filter(None, words)))})(?![a-z])")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from llama import cli
 from llama.cli import UserError
 from llama.corpus import raw
 from llama.corpus.document import Document, Item, Noted, describe
@@ -125,7 +126,8 @@ def _format_of(name: str) -> str | None:
 
 def _items(path: str, format: str) -> Iterator[str]:
     """The text of each item of a benchmark file."""
-    try:
+    kinds = OSError, EOFError, ValueError, csv.Error
+    with cli.as_user_error(f"benchmark file {path} cannot be read", *kinds, show=describe):
         data = raw.whole(raw.chunks(path), MAX_BYTES)
         if data is None:
             raise ValueError(f"larger than {MAX_BYTES:,} bytes")
@@ -138,8 +140,6 @@ def _items(path: str, format: str) -> Iterator[str]:
             yield from map("\n".join, csv.reader(io.StringIO(text), delimiter=delimiter))
         else:
             yield from ("\n".join(_strings(item)) for item in _json(text, format))
-    except (OSError, EOFError, ValueError, csv.Error) as error:
-        raise UserError(f"benchmark file {path} cannot be read: {describe(error)}") from error
 
 
 def _json(text: str, format: str) -> Iterable[Any]:

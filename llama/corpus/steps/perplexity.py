@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama import files
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 from llama.corpus.document import Document, Item
 from llama.corpus.models.kneser_ney import KneserNey
 from llama.corpus.models.pieces import Pieces
@@ -97,10 +97,8 @@ def _ccnet(path: Path, arpa: Path) -> Callable[[str], float]:
     import kenlm
 
     pieces = Pieces(path)
-    try:
+    with as_user_error(f"{arpa} cannot be loaded", OSError, RuntimeError):
         model = kenlm.Model(str(arpa))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{arpa} cannot be loaded: {error}") from error
 
     def perplexity(text: str) -> float:
         words = pieces.encode(text, str)
@@ -124,10 +122,9 @@ def _languages(models: str) -> list[str]:
 def _limits(models: str) -> dict[str, Cutoffs]:
     """The cut-offs of the languages."""
     path = Path(models, "cutoffs.json")
-    try:
+    what, kinds = f"{path} holds no cut-offs by language", (KeyError, TypeError, ValueError)
+    with as_user_error(what, *kinds, AttributeError, show=repr):
         return {
             language: {name: float(cutoffs[name]) for name in PERCENTILES}
             for language, cutoffs in files.read_json(path).items()
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} holds no cut-offs by language: {error!r}") from error
