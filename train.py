@@ -7,6 +7,7 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 
 import gc
 import math
+import re
 import signal
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from kernels import attention
 from llama import cli, config, costs, faults, files, optim
@@ -28,7 +29,7 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, signals, watch, world
+from llama.runtime import console, folder, metrics, oom, profile, signals, watch, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
@@ -51,13 +52,16 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
-    micro_batches = zip(
-        tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True
+    micro_batches = list(
+        zip(tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True)
     )
-    for windows, rows in micro_batches:
-        losses, counts = forward(state, windows)
+    for number, (windows, rows) in enumerate(micro_batches, 1):
+        fsdp.prepare(state.model, cfg.parallel, last=number == len(micro_batches))
+        with record_function("forward"):
+            losses, counts = forward(state, windows)
         # FSDP averages over ranks: the constant makes that the mean over the batch's tokens
-        (losses.sum() * (state.averaged_over / nominal)).backward()
+        with record_function("backward"):
+            (losses.sum() * (state.averaged_over / nominal)).backward()
         if state.place.tensor_rank == 0:
             stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
@@ -96,6 +100,7 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
+@record_function("validation")
 def validate(state: State) -> dict[str, float]:
     """Mean loss per source over the first windows of its held-out documents."""
     cfg, here, place, results = state.cfg, state.world, state.place, {}
@@ -115,9 +120,7 @@ def validate(state: State) -> dict[str, float]:
         dist.all_reduce(total)
         results[name] = float(total[0] / total[1])
     state.model.train()
-    if isinstance(state.model, FSDPModule):
-        # a forward pass without a backward pass leaves the root gathered
-        state.model.reshard()
+    fsdp.reshard(state.model)
     return results
 
 
@@ -249,7 +252,8 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     clock = metrics.Clock(state.tokens)
 
     asked = None
-    for number, tokens, source in watch.batches(state, reader, partial(rows_of, state)):
+    batches = watch.batches(state, reader, partial(rows_of, state))
+    for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
@@ -336,6 +340,7 @@ def main(argv: list[str]) -> int:
     parser = config.parser("torchrun train.py")
     parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
     parser.add_argument("--gpus", type=int | None, help="Of a dry run: spread it over so many.")
+    argv = [re.sub(r"^--profile\b", "--log.profile", word) for word in argv]
     try:
         refuse_clashes()
         cfg = config.load(argv, parser)

@@ -38,7 +38,7 @@ A100 = CHIPS["a100-80g"]
 
 def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most bytes of a step of train.py on rank 0, its processes pretended, as torch counts them."""
-    world, passes = at.gpus, 1 + at.accumulates
+    world, passes = at.gpus, 1 + 2 * at.accumulates
     dtype: Any = {2: "bfloat16", 4: "float32"}[at.element_bytes]
     windows = passes * at.micro_batch
     cfg = Config(
@@ -55,6 +55,9 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             at.shard,
             recompute=at.recompute,  # type: ignore[arg-type]
             budget=Bytes(at.budget) or None,
+            reshard=at.reshard,
+            prefetch=at.prefetch,
+            accumulate=at.accumulate,  # type: ignore[arg-type]
         ),
     )
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -129,6 +132,9 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             element_bytes=element_bytes,
             accumulates=rng.random() < 0.5,
             loss_elements=2**20,
+            accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
+            reshard=rng.random() < 0.5,
+            prefetch=rng.choice([1, 2]),
         )
         if mode == "budget":
             least, most = (costs.kept(model, replace(at, recompute=m)) for m in ("full", "none"))

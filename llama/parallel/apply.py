@@ -46,7 +46,7 @@ def apply(model: nn.Module, cfg: Config, place: Place, dtype: torch.dtype) -> in
     if plain:
         return 1
     data = mesh[tuple(name for name in names if name != "tensor")]
-    fsdp.apply(model, data, dtype)
+    fsdp.apply(model, data, dtype, cfg.parallel)
     return data.size()
 
 

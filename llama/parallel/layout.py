@@ -115,6 +115,9 @@ def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
         # kernels/eager.py
         loss_elements=2**26 if on_gpu else 2**20,
         budget=p.budget or 0,
+        accumulate=p.accumulate,
+        reshard=p.reshard,
+        prefetch=p.prefetch,
         **spread,  # type: ignore[arg-type]
     )
     micro = 1 if t.micro_batch == "auto" else min(t.micro_batch, share(cfg, at))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from llama import config, optim
 from llama.cli import UserError
@@ -113,6 +114,7 @@ def made_by(state: State) -> dict[str, Any]:
     }
 
 
+@record_function("save")
 def save(state: State, wait: bool = True) -> bool:
     """Write a checkpoint of this step; a failure is said, and training may go on.
 
