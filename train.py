@@ -29,7 +29,7 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, profile, signals, watch, world
+from llama.runtime import console, folder, metrics, oom, profile, rewind, signals, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
@@ -252,12 +252,12 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     clock = metrics.Clock(state.tokens)
 
     asked = None
-    batches = watch.batches(state, reader, partial(rows_of, state))
+    batches = rewind.batches(state, reader, partial(rows_of, state))
     for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
-        if watch.rewound(state):
+        if rewind.rewound(state):
             clock.read(state.tokens, reader.waited_s)
             continue
         last = state.step == state.steps

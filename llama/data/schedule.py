@@ -49,7 +49,7 @@ def skip(cfg: Config, order: Order, first: int, end: int) -> Order:
 
 
 def rewinds(run: Path) -> list[dict[str, Any]]:
-    """Every rewind that a run has decided on, in order; see llama/runtime/watch.py."""
+    """Every rewind that a run has decided on, in order; see llama/runtime/rewind.py."""
     path = run / REWINDS
     return list(files.read_json(path)) if path.exists() else []
 

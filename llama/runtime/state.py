@@ -129,7 +129,9 @@ def save(state: State, wait: bool = True) -> bool:
 def resume(state: State) -> bool:
     """Load the newest valid checkpoint of the run; False where there is none."""
     cfg, here = state.cfg, state.world
-    rewinds = here.broadcast(_settle(state.run) if here.leads else None)
+    state.saver.finish()
+    if here.leads:
+        _settle(state.run)
     found = checkpoint.choose(state.run, here)
     if found is None:
         return False
@@ -145,6 +147,7 @@ def resume(state: State) -> bool:
 def restore(state: State, found: Path) -> None:
     """Make the state that of a checkpoint; all ranks call it together."""
     cfg, here = state.cfg, state.world
+    rewinds = here.broadcast(schedule.rewinds(state.run) if here.leads else None)
     saved = checkpoint.read_state(found)
     changed = _refuse_changes(state, saved, found)
     checkpoint.load(found, state.tensors(), here)
@@ -161,16 +164,14 @@ def restore(state: State, found: Path) -> None:
     state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
 
 
-def _settle(run: Path) -> list[dict[str, Any]]:
-    """The rewinds of a run, the last one carried out: a kill does not undo what was decided."""
+def _settle(run: Path) -> None:
+    """Carry out the last rewind: a kill does not undo what was decided."""
     rewinds = schedule.rewinds(run)
     if rewinds and not checkpoint.steps(run):
         # somebody removed the checkpoints: the run begins anew
         (run / schedule.REWINDS).unlink()
-        return []
-    if rewinds:
+    elif rewinds:
         checkpoint.abandon(run, rewinds[-1]["to"], rewinds[-1]["branch"])
-    return rewinds
 
 
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:
