@@ -27,7 +27,7 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply
 from llama.plan import layouts
-from llama.runtime import console, folder, metrics, oom, signals, watch, world
+from llama.runtime import console, folder, metrics, oom, rewind, signals, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
@@ -46,7 +46,6 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     to be skipped, leaves parameters and moments of every rank as they are.
     """
     cfg, device = state.cfg, state.world.device
-    faults.point("step.begun", step=state.step + 1)
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
@@ -249,11 +248,12 @@ def loop(state: State, stop: signals.Stop) -> str | None:
         return here.rank * each, (here.rank + 1) * each
 
     asked = None
-    for number, tokens, source in watch.batches(state, reader, share):
+    for number, tokens, source in rewind.batches(state, reader, share):
         assert number == state.step
+        faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
-        if watch.rewound(state):
+        if rewind.rewound(state):
             clock.read(state.tokens, reader.waited_s)
             continue
         last = state.step == state.steps

@@ -200,8 +200,8 @@ def newest_order(run: Path, cfg: config.Config) -> tuple[Order, int] | None:
         return None
     state = files.read_json(path)
     try:
-        segments = schedule.segments(state, schedule.rewinds(run))
-        return Order(cfg.seed, from_json(segments)), int(state["step"])
+        segments, step = schedule.goes_on(state, schedule.rewinds(run))
+        return Order(cfg.seed, from_json(segments)), step
     except (KeyError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{path} is not what train.py writes: {error!r}") from error
 

@@ -126,7 +126,7 @@ def resume(state: State) -> bool:
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step = saved["step"]
-    segments = schedule.segments(saved, rewinds)
+    segments, _ = schedule.goes_on(saved, rewinds)
     state.order, unread = schedule.go_on(cfg, state.sources, segments, state.step, changed)
     state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
     for name, windows in unread.items():
