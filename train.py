@@ -48,7 +48,6 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     to be skipped, leaves parameters and moments of every rank as they are.
     """
     cfg, device = state.cfg, state.world.device
-    faults.point("step.begun", step=state.step + 1)
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
@@ -255,6 +254,7 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     batches = rewind.batches(state, reader, partial(rows_of, state))
     for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
+        faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
         if rewind.rewound(state):

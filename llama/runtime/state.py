@@ -135,7 +135,8 @@ def resume(state: State) -> bool:
     found = checkpoint.choose(state.run, here)
     if found is None:
         return False
-    if cfg.checkpoint.resume == "never":
+    # not a rewind's
+    if cfg.checkpoint.resume == "never" and not state.step:
         raise UserError(
             f"{state.run} has checkpoints and checkpoint.resume is never: use --name other"
         )
@@ -155,7 +156,7 @@ def restore(state: State, found: Path) -> None:
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step = saved["step"]
-    segments = schedule.segments(saved, rewinds)
+    segments, _ = schedule.goes_on(saved, rewinds)
     state.order, unread = schedule.go_on(cfg, state.sources, segments, state.step, changed)
     state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
     for name, windows in unread.items():
