@@ -6,6 +6,7 @@ One start of four gloo processes works through a list of layouts with the real `
 import os
 import random
 import socket
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ import train
 from llama import optim
 from llama.config import Config, Count, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llama.data.writer import Vocabulary
-from llama.parallel import tensor
+from llama.model import Transformer
+from llama.parallel import context, recompute, tensor
 from llama.runtime import checkpoint, world
 
 pytestmark = pytest.mark.slow
@@ -221,6 +223,33 @@ def test_the_compiler_finds_what_async_tensor_is_to_overlap() -> None:
     finally:
         dist.destroy_process_group()
     assert found == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("mode", ["none", "manual", "full"])
+def test_keys_and_values_of_others_are_not_kept(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+
+    def noted(gathered: Tensor, size: int) -> Tensor:
+        made.append(weakref.ref(whole := in_order(gathered, size)))
+        assert whole.shape[1] == 4 * 8
+        return whole
+
+    in_order = context._in_order
+    monkeypatch.setattr(context, "_in_order", noted)
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        model = Transformer(ModelConfig(dim=32, n_layers=3, n_heads=4, vocab_size=64), "sdpa")
+        model.init_weights(0)
+        context.apply(model, dist.group.WORLD, [mode] * 3)  # type: ignore[arg-type]
+        recompute.apply(model, [mode] * 3)
+        tokens = torch.zeros(2, 8, dtype=torch.int64)
+        losses, _ = model(tokens, tokens)
+        assert len(made) == 3 and not any(ref() is not None for ref in made)
+        losses.sum().backward()
+        # each block gathers once more, for both pieces of queries
+        assert len(made) == 6 and not any(ref() is not None for ref in made)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture

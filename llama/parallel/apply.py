@@ -32,11 +32,11 @@ def apply(model: nn.Module, cfg: Config, place: Place, dtype: torch.dtype) -> in
     if "tensor" in names:
         seams = tensor.apply(model, mesh["tensor"])
         inductor._micro_pipeline_tp = cfg.parallel.async_tensor
-    if place.context is not None:
-        context.apply(model, place.context)
     on_gpu = mesh.device_type == "cuda"
     at = layout.resolve(cfg, mesh.size(), on_gpu)
     modes = costs.modes(cfg.model, replace(at, element_bytes=dtype.itemsize))
+    if place.context is not None:
+        context.apply(model, place.context, modes)
     recompute.apply(model, modes, *seams)
     plain = mesh.size() == 1 and dtype == torch.float32
     worth = on_gpu or (plain and worth_compiling(cfg))

@@ -6,6 +6,8 @@ keys and values are gathered, and each of the two own pieces of queries attends 
 Rotations and document ids go with the pieces; targets are taken apart as tokens are.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,13 +25,12 @@ def part(whole: Tensor, rank: int, size: int) -> Tensor:
     return torch.cat((pieces[rank], pieces[2 * size - 1 - rank]), dim=1)
 
 
-def order(size: int) -> list[int]:
-    """Where piece i of a sequence lies among the pieces of all processes one after the other."""
-    return [2 * i if i < size else 2 * (2 * size - 1 - i) + 1 for i in range(2 * size)]
+def apply(model: Any, group: dist.ProcessGroup, modes: Sequence[str]) -> None:
+    """Let a model take `part` of each sequence, with `doc_ids` of the whole, in place.
 
-
-def apply(model: Any, group: dist.ProcessGroup) -> None:
-    """Let a model take `part` of each sequence, with `doc_ids` of the whole, in place."""
+    What was gathered is not kept: it is gathered again, by those `modes` of recompute that do not
+    compute all of attention again anyway.
+    """
     rank, size = group.rank(), group.size()
     ends = rank + 1, 2 * size - rank
     backend: str = model.attention
@@ -44,21 +45,51 @@ def apply(model: Any, group: dist.ProcessGroup) -> None:
         return part(table.unsqueeze(0), rank, size).squeeze(0)
 
     model.documents, model.rotations = documents, own_rotations
-    for block in model.layers:
-        block.attention.attend = partial(_attend, group, backend, ends)
+    for block, mode in zip(model.layers, modes, strict=True):
+        again = mode in ("none", "manual")
+        attend = torch.compiler.disable(_attend) if again else _attend
+        block.attention.attend = partial(attend, group, backend, ends, again)
 
 
 def _attend(
-    group: dist.ProcessGroup, backend: str, ends: tuple[int, int],
+    group: dist.ProcessGroup, backend: str, ends: tuple[int, int], again: bool,
     q: Tensor, k: Tensor, v: Tensor, docs: tuple[Tensor, ...] | None,
 ) -> Tensor:  # fmt: skip
     """Attention of this process's (B, T, H, D) queries to the keys and values of all."""
-    size, T = group.size(), q.shape[1]
-    pieces = Gather.apply(group, torch.cat((k, v), dim=2)).chunk(2 * size, dim=1)
-    pieces = [pieces[place] for place in order(size)]
-    out = []
-    for end, queries, seen in zip(ends, q.chunk(2, dim=1), docs or (None, None), strict=True):
-        keys, values = torch.cat(pieces[:end], dim=1).chunk(2, dim=2)
-        assert keys.shape[1] == end * T // 2
-        out.append(attention(queries, keys, values, seen, backend))
+    own, T, K = torch.cat((k, v), dim=2), q.shape[1], k.shape[2]
+    whole, out = _in_order(Gather.apply(group, own), group.size()), []
+    with _made_again(whole, own.detach(), group) if again else nullcontext():
+        for end, queries, seen in zip(ends, q.chunk(2, dim=1), docs or (None, None), strict=True):
+            before = whole[:, : end * T // 2]
+            out.append(attention(queries, before[:, :, :K], before[:, :, K:], seen, backend))
     return torch.cat(out, dim=1)
+
+
+def _in_order(gathered: Tensor, size: int) -> Tensor:
+    """Sequences from the pieces of all processes, one process after the other."""
+    pieces = gathered.chunk(2 * size, dim=1)
+    return torch.cat((*pieces[0::2], *reversed(pieces[1::2])), dim=1)
+
+
+@contextmanager
+def _made_again(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
+    """Autograd keeps no view of `whole`: the backward pass gathers it again, once for all views."""
+    storage, views = whole.untyped_storage().data_ptr(), 0
+    made: list[Tensor] = []
+
+    def pack(x: Tensor) -> Any:
+        nonlocal views
+        if x.untyped_storage().data_ptr() != storage:
+            return x
+        views += 1
+        return x.shape, x.stride(), x.storage_offset()
+
+    def unpack(kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        if not made:
+            made.extend([_in_order(Gather.apply(group, own), group.size())] * views)
+        return made.pop().as_strided(*kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
