@@ -115,7 +115,7 @@ def resume(state: State) -> bool:
     found = checkpoint.choose(state.run, here)
     if found is None:
         return False
-    if cfg.checkpoint.resume == "never":
+    if cfg.checkpoint.resume == "never" and not state.step:
         raise UserError(
             f"{state.run} has checkpoints and checkpoint.resume is never: use --name other"
         )
@@ -139,13 +139,11 @@ def resume(state: State) -> bool:
 
 def _settle(run: Path) -> list[dict[str, Any]]:
     """The rewinds of a run, the last one carried out: a kill does not undo what was decided."""
-    rewinds = schedule.rewinds(run)
-    if rewinds and not checkpoint.steps(run):
+    if not checkpoint.steps(run):
         # somebody removed the checkpoints: the run begins anew
-        (run / schedule.REWINDS).unlink()
-        return []
-    if rewinds:
-        checkpoint.abandon(run, rewinds[-1]["to"], rewinds[-1]["branch"])
+        (run / schedule.REWINDS).unlink(missing_ok=True)
+    for last in (rewinds := schedule.rewinds(run))[-1:]:
+        checkpoint.abandon(run, last["to"], last["branch"])
     return rewinds
 
 
