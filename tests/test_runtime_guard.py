@@ -19,6 +19,8 @@ import orjson
 import pytest
 import torch
 from made_data import make_source, random_documents
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import train
 from llama import cli, config
@@ -542,6 +544,64 @@ def test_every_flipped_bit_of_a_replica_is_found(
     assert codes == [0, 0], said
 
 
+def test_replicas_are_found_from_placements_whatever_the_mesh(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """Two dimensions, as with tensor parallelism: norms whole everywhere, matrices cut in one."""
+    odd_one = rng.randrange(4)
+    print(f"rank {odd_one} drifts")
+
+    def look() -> int:
+        here = world.start()
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+        generator = torch.Generator().manual_seed(0)
+        whole = {n: torch.randn(8, 6, generator=generator) for n in "abcd"}
+        cuts = {
+            "a": [Replicate(), Replicate()],
+            "b": [Shard(0), Replicate()],
+            "c": [Replicate(), Shard(1)],
+            "d": [Shard(0), Shard(1)],
+        }
+        tensors = {n: distribute_tensor(t, mesh, cuts[n]) for n, t in whole.items()}
+        tensors["plain"] = torch.ones(5)
+        state: Any = SimpleNamespace(world=here, step=7, tensors=lambda: tensors)
+        replicas.compare(state)
+        # each rank has a part of its own here: nothing to compare
+        with torch.no_grad():
+            tensors["d"].to_local().add_(here.rank)
+        replicas.compare(state)
+        holders = {"a": [0, 1, 2, 3], "plain": [0, 1, 2, 3]}
+        holders["b"] = [r for r in range(4) if r // 2 == odd_one // 2]
+        holders["c"] = [r for r in range(4) if r % 2 == odd_one % 2]
+        for name, ranks in holders.items():
+            tensor = tensors[name]
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            kept = local.clone()
+            if here.rank == odd_one:
+                local.view(-1)[0] *= 1 + 2**-22
+            with pytest.raises(UserError) as caught:
+                replicas.compare(state)
+            others = ", ".join(str(r) for r in ranks if r != odd_one)
+            assert f"step 7: {name} is not the same on rank " in str(caught.value)
+            assert f"rank {odd_one}" in str(caught.value) and f"rank {others}" in str(caught.value)
+            local.copy_(kept)
+        replicas.compare(state)
+        world.stop()
+        return 0
+
+    codes, said = forked(tmp_path, 4, look)
+    assert codes == [0] * 4, said
+
+
+@pytest.mark.full
+def test_a_rewind_of_a_sharded_model_over_several_processes(workspace: Path) -> None:
+    options = {"guard.spike": "rewind", "guard.replicas_every": 1, "parallel.replicate": 2}
+    whole = Run(workspace, "whole4", 4, **options, **{"train.batch_tokens": 512})
+    whole.options["train.tokens"] = 512 * STEPS
+    said = whole.go("step.graded:step=30,hit=1,action=spike")
+    assert "step 30 is a spike" in said and whole.rows()[-1]["branch"] == 1
+
+
 def test_what_flipped_bits_do_to_a_step(
     inside: train.State, rng: random.Random, scale: Callable, score: Callable
 ) -> None:
@@ -564,7 +624,7 @@ def test_what_flipped_bits_do_to_a_step(
         return flat.view(tensor.shape)
 
     for number in range(scale(24, 200)):
-        kind, bit = list(counted)[number % 3], rng.randrange(32)
+        kind, bit = list(counted)[number % 3], 30 if number % 4 == 0 else rng.randrange(32)
         victim = rng.choice(list(inside.model.parameters()))
         hooks = []
         if kind == "weight":

@@ -70,5 +70,5 @@ def compare(pace: Pace, here: World, own_s: float | None = None) -> dict[str, An
             f"WARNING: rank {slowest} on {nodes[slowest]} is {ratio:.2f} x slower than the median "
             f"rank: {times[slowest]:.3g} s of its own a step, not {usual:.3g} s"
         )
-    pace.named = slowest if ratio > SLOW else None
+        pace.named = slowest
     return {"own_s": usual, "own_s_max": times[slowest], "slowest_rank": slowest}
