@@ -404,6 +404,7 @@ def rewound(workspace: Path) -> tuple[Run, str]:
     return run, run.go(SPIKE)
 
 
+@pytest.mark.slow
 def test_a_rewind_passes_over_the_named_batches(rewound: tuple[Run, str]) -> None:
     run, said = rewound
     rows, folder = run.rows(), run.folder
@@ -419,6 +420,7 @@ def test_a_rewind_passes_over_the_named_batches(rewound: tuple[Run, str]) -> Non
     assert [(s["step"], s["branch"]) for s in abandoned] == [(25, 0), (30, 0)]
 
 
+@pytest.mark.slow
 def test_the_ledger_knows_what_was_passed_over(
     rewound: tuple[Run, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,6 +439,7 @@ def test_the_ledger_knows_what_was_passed_over(
     assert order.skipped(STEPS) == counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -468,6 +471,7 @@ def test_a_kill_does_not_undo_a_rewind(
     assert ledger.open_run(run.folder)[1].segments == ledger.open_run(whole.folder)[1].segments
 
 
+@pytest.mark.slow
 def test_rewinds_to_one_place_and_steps_without_a_change_come_to_an_end(workspace: Path) -> None:
     again = Run(workspace, "again", **{"guard.spike": "rewind", "guard.rewinds": 2})
     said = again.go("step.graded:step=24,action=spike", expect=2)
@@ -485,6 +489,7 @@ def test_rewinds_to_one_place_and_steps_without_a_change_come_to_an_end(workspac
 HSDP: dict[str, Any] = {"parallel.replicate": 2, "parallel.shard": 1}
 
 
+@pytest.mark.slow
 def test_one_ranks_bad_gradient_is_skipped_by_all_and_the_slow_rank_is_named(
     workspace: Path,
 ) -> None:
@@ -497,6 +502,7 @@ def test_one_ranks_bad_gradient_is_skipped_by_all_and_the_slow_rank_is_named(
     assert "WARNING: rank 1 on" in said and "x slower than the median rank" in said
 
 
+@pytest.mark.slow
 def test_a_replica_that_drifts_ends_the_run(workspace: Path) -> None:
     run = Run(workspace, "drift", 2, **HSDP, **{"guard.replicas_every": 4})
     said = run.go("step.graded:rank=1,step=6,action=spike", expect=2)
