@@ -7,13 +7,7 @@ from typing import Any
 
 from llama.cli import UserError
 
-AT_LEAST_ZERO = (
-    "seed",
-    "optim.warmup_steps",
-    "optim.weight_decay",
-    "validation.every",
-    "guard.replicas_every",
-)
+AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
 SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
 
 ROPE_SCALINGS = {
@@ -44,7 +38,9 @@ def check(cfg: dict[str, Any]) -> None:
         elif key in SHARES:
             top = 1 if "betas" not in key else 1 - 1e-9
             good, expected = 0 <= value <= top, "a share between 0 and 1"
-        elif key in AT_LEAST_ZERO:
+        elif key == "guard.window":
+            good, expected = value >= 16, "16 or more"
+        elif key in AT_LEAST_ZERO or key == "guard.replicas_every":
             good, expected = 0 <= value < math.inf, "0 or more"
         else:
             good, expected = 0 < value < math.inf, "more than 0"
@@ -68,8 +64,6 @@ def check(cfg: dict[str, Any]) -> None:
             raise UserError(
                 f"{key} {batch} is not a multiple of data.seq_len {length}; {near} would be"
             )
-    if cfg["guard"]["window"] < 16:
-        raise UserError(f"guard.window is {cfg['guard']['window']}, expected 16 or more")
     steps = re.fullmatch(r"0*([1-9]\d*)-(\d+)", cfg["log"]["profile"] or "1-1")
     if not steps or int(steps[1]) > int(steps[2]):
         raise UserError(f"log.profile is {cfg['log']['profile']!r}, expected steps such as 10-12")

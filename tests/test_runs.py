@@ -191,7 +191,8 @@ def test_loss_falls_and_every_key_is_there(single: Run) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
     keys = {
         "step", "branch", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "tokens_per_s_gpu",
-        "memory_gib", "data_wait_pct", "eta_s", "spikes", "skipped_steps", "loss/code", "loss/mail", "val/code", "val/mail",
+        "memory_gib", "data_wait_pct", "eta_s", "spikes", "skipped_steps",
+        "loss/code", "loss/mail", "val/code", "val/mail",
     }  # fmt: skip
     assert set(rows[-1]) == keys
     assert rows[-1]["tokens"] == 1024 * STEPS

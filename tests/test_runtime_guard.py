@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from made_data import make_source, random_documents
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import train
 from llama import cli, config
@@ -26,6 +30,8 @@ from llama.data.order import Order
 from llama.data.writer import Vocabulary
 from llama.runtime import checkpoint, metrics, replicas, stragglers, world
 from llama.runtime.guard import Guard
+
+pytestmark = pytest.mark.faults
 
 STEPS = 40
 OPTIONS: dict[str, Any] = {
@@ -125,7 +131,7 @@ def test_bad_numbers_never_enter_the_window_and_a_spike_hides_no_other(rng: rand
     loss[160], norm[161], loss[162] = 30, 1000, 30
     found, guard = judged(loss, norm)
     assert np.flatnonzero(found).tolist() == [160, 161, 162]
-    assert guard.history.isfinite().all() and float(guard.history.max()) < 4
+    assert guard.history[-64:].isfinite().all() and float(guard.history.max()) < 4
     assert guard.counts.tolist() == [3, 3, 0]
     _, skipping = judged(loss, norm, "skip")
     assert skipping.counts.tolist() == [3, 6, 0]
@@ -144,7 +150,7 @@ def test_the_window_is_the_same_after_json(rng: random.Random) -> None:
     cut = int(draws.integers(1, 299))
     whole, _ = judged(loss, norm)
     _, guard = judged(loss[:cut], norm[:cut])
-    saved = json.loads(json.dumps(guard.state()))
+    saved = orjson.loads(orjson.dumps(guard.state()))
     again = Guard(guard.cfg, ALONE, saved=saved)  # type: ignore[arg-type]
     for at in range(cut, 300):
         before = float(again.counts[0])
@@ -158,11 +164,11 @@ def test_numbers_are_read_one_step_late() -> None:
     assert guard.read() is None
     guard.judge(torch.tensor(3.0), torch.tensor(math.nan))
     first = guard.read()
-    assert first and (first.loss, first.norm, first.unchanged) == (1.0, 2.0, 0.0)
+    assert first and (first[:2], first[-1]) == ([1.0, 2.0], 0.0)
     # what was not read yet goes on with the checkpoint
-    saved = json.loads(json.dumps(guard.state()).replace("Infinity", "null"))
+    saved = orjson.loads(orjson.dumps(guard.state()))
     second = Guard(guard.cfg, ALONE, saved=saved).read()  # type: ignore[arg-type]
-    assert second and (second.loss, second.norm, second.unchanged) == (3.0, math.inf, 1.0)
+    assert second and second[0] == 3.0 and second[1] > 1e300 and second[-1] == 1.0
 
 
 # -- a step ----------------------------------------------------------------------------------------
@@ -209,7 +215,7 @@ def unchanged(state: train.State, before: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_spike_to_be_skipped_changes_no_bit(inside: train.State) -> None:
-    for _ in range(12):
+    for _ in range(17):
         train.step(inside, *batch(inside))
     before, window = bits(inside), inside.window.clone()
     weight = inside.model.output.weight  # type: ignore[union-attr]
@@ -311,7 +317,7 @@ def test_a_slow_rank_is_named_once(
     times[slow] = [factor * t for t in times[slow]]
     times[(slow + 1) % ranks][7] = 5.0  # one hiccup is no slow rank
     all_of_them = paces(times, monkeypatch)
-    values = [(stragglers.statistics.median(pace.own_s), "node") for pace in all_of_them]
+    values = [(stragglers.median(pace.own_s), "node") for pace in all_of_them]
     here: Any = world.World(0, ranks, 0, torch.device("cpu"), None, False)  # type: ignore[arg-type]
     monkeypatch.setattr(world.World, "gather", lambda self, value: values)
     for _ in range(2):
@@ -357,7 +363,11 @@ def forked(place: Path, size: int, action: Callable[[], Any], faults: str = "") 
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])]
+    for child in children[1:]:
+        if codes[0]:
+            os.kill(child, signal.SIGTERM)  # as torchrun does
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     return codes, log.read_text()
 
 
@@ -390,14 +400,15 @@ SPIKE = "step.graded:step=30,hit=1,action=spike"
 
 @pytest.fixture(scope="module")
 def rewound(workspace: Path) -> tuple[Run, str]:
-    run = Run(workspace, "rewound", **{"guard.spike": "rewind"})
+    run = Run(workspace, "rewound", **{"guard.spike": "rewind", "checkpoint.resume": "never"})
     return run, run.go(SPIKE)
 
 
+@pytest.mark.slow
 def test_a_rewind_passes_over_the_named_batches(rewound: tuple[Run, str]) -> None:
     run, said = rewound
     rows, folder = run.rows(), run.folder
-    assert "spike at step 30" in said and "back to step 20, branch 1" in said
+    assert "step 30 is a spike" in said and "back to step 20, branch 1" in said
     assert [row["step"] for row in rows if row["branch"] == 0] == list(range(1, 31))
     assert [row["step"] for row in rows if row["branch"] == 1] == list(range(21, STEPS + 1))
     # up to the first batch that is passed over, the steps are the same bits again
@@ -409,6 +420,7 @@ def test_a_rewind_passes_over_the_named_batches(rewound: tuple[Run, str]) -> Non
     assert [(s["step"], s["branch"]) for s in abandoned] == [(25, 0), (30, 0)]
 
 
+@pytest.mark.slow
 def test_the_ledger_knows_what_was_passed_over(
     rewound: tuple[Run, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,6 +439,7 @@ def test_the_ledger_knows_what_was_passed_over(
     assert order.skipped(STEPS) == counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [
@@ -458,15 +471,16 @@ def test_a_kill_does_not_undo_a_rewind(
     assert ledger.open_run(run.folder)[1].segments == ledger.open_run(whole.folder)[1].segments
 
 
+@pytest.mark.slow
 def test_rewinds_to_one_place_and_steps_without_a_change_come_to_an_end(workspace: Path) -> None:
     again = Run(workspace, "again", **{"guard.spike": "rewind", "guard.rewinds": 2})
     said = again.go("step.graded:step=24,action=spike", expect=2)
-    assert "was rewound to step 10 2 times (guard.rewinds)" in said and said.count("error: ") == 1
+    assert "guard.rewinds to step 10 are used up" in said and said.count("error: ") == 1
     assert again.reason()["exit"] == "failed"
     assert {row["branch"] for row in again.rows()} == {0, 1, 2}
     hopeless = Run(workspace, "hopeless", **{"guard.patience": 5})
     said = hopeless.go("step.graded:action=nan", expect=2)
-    assert "the last 5 steps up to step 5 changed nothing" in said
+    assert "step 5 changed nothing" in said and "the last of 5 steps (guard.patience)" in said
     assert hopeless.reason()["exit"] == "failed" and hopeless.reason()["step"] == 6
     early = Run(workspace, "early", **{"guard.spike": "rewind", "checkpoint.every": 1000})
     assert "no rewind: there is no checkpoint before it" in early.go(SPIKE)
@@ -475,22 +489,24 @@ def test_rewinds_to_one_place_and_steps_without_a_change_come_to_an_end(workspac
 HSDP: dict[str, Any] = {"parallel.replicate": 2, "parallel.shard": 1}
 
 
+@pytest.mark.slow
 def test_one_ranks_bad_gradient_is_skipped_by_all_and_the_slow_rank_is_named(
     workspace: Path,
 ) -> None:
     """Replicas are compared after every step: had one of them changed, the run would have ended."""
-    options = {"guard.replicas_every": 1, "train.tokens": 256 * 14}
+    options = {"guard.replicas_every": 1, "train.tokens": 256 * 13}
     run = Run(workspace, "one-rank", 2, **HSDP, **options)
-    said = run.go("step.graded:rank=1,step=5,action=nan;step.begun:rank=1,action=hang,seconds=1")
+    said = run.go("step.graded:rank=1,step=5,action=nan;step.begun:rank=1,action=hang,seconds=0.6")
     assert "step 5 changed nothing" in said
     assert run.rows()[-1]["skipped_steps"] == 1
     assert "WARNING: rank 1 on" in said and "x slower than the median rank" in said
 
 
+@pytest.mark.slow
 def test_a_replica_that_drifts_ends_the_run(workspace: Path) -> None:
     run = Run(workspace, "drift", 2, **HSDP, **{"guard.replicas_every": 4})
     said = run.go("step.graded:rank=1,step=6,action=spike", expect=2)
-    assert "step 8: model.tok_embeddings.weight on rank" in said
+    assert "step 8: model.tok_embeddings.weight is not the same on rank 0 and rank 1" in said
     assert run.reason()["exit"] == "failed" and "machines" in run.reason()["why"]
     assert [step for step, _ in checkpoint.steps(run.folder)] == [5]
 
@@ -518,12 +534,12 @@ def test_every_flipped_bit_of_a_replica_is_found(
                 replicas.compare(state)
                 missed += 1
             except UserError as error:
-                assert f"step 0: {name} on rank" in str(error)
+                assert f"step 0: {name} is not the same on rank 0 and rank 1" in str(error)
             if here.rank == 1:
                 local[place] ^= mask
         with torch.no_grad():  # the drift of a whole norm, where all elements are alike
             state.model.norm.weight.to_local().mul_(1 + here.rank)  # type: ignore[operator, union-attr]
-        with pytest.raises(UserError, match=r"model.norm.weight on rank"):
+        with pytest.raises(UserError, match=r"model.norm.weight is not"):
             replicas.compare(state)
         world.stop()
         return missed
@@ -532,6 +548,64 @@ def test_every_flipped_bit_of_a_replica_is_found(
     score("sdc.replicas", flips)
     score("sdc.replicas.missed", codes[0], "0")
     assert codes == [0, 0], said
+
+
+def test_replicas_are_found_from_placements_whatever_the_mesh(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """Two dimensions, as with tensor parallelism: norms whole everywhere, matrices cut in one."""
+    odd_one = rng.randrange(4)
+    print(f"rank {odd_one} drifts")
+
+    def look() -> int:
+        here = world.start()
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+        generator = torch.Generator().manual_seed(0)
+        whole = {n: torch.randn(8, 6, generator=generator) for n in "abcd"}
+        cuts = {
+            "a": [Replicate(), Replicate()],
+            "b": [Shard(0), Replicate()],
+            "c": [Replicate(), Shard(1)],
+            "d": [Shard(0), Shard(1)],
+        }
+        tensors = {n: distribute_tensor(t, mesh, cuts[n]) for n, t in whole.items()}
+        tensors["plain"] = torch.ones(5)
+        state: Any = SimpleNamespace(world=here, step=7, tensors=lambda: tensors)
+        replicas.compare(state)
+        # each rank has a part of its own here: nothing to compare
+        with torch.no_grad():
+            tensors["d"].to_local().add_(here.rank)
+        replicas.compare(state)
+        holders = {"a": [0, 1, 2, 3], "plain": [0, 1, 2, 3]}
+        holders["b"] = [r for r in range(4) if r // 2 == odd_one // 2]
+        holders["c"] = [r for r in range(4) if r % 2 == odd_one % 2]
+        for name, ranks in holders.items():
+            tensor = tensors[name]
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            kept = local.clone()
+            if here.rank == odd_one:
+                local.view(-1)[0] *= 1 + 2**-22
+            with pytest.raises(UserError) as caught:
+                replicas.compare(state)
+            others = ", ".join(str(r) for r in ranks if r != odd_one)
+            assert f"step 7: {name} is not the same on rank " in str(caught.value)
+            assert f"rank {odd_one}" in str(caught.value) and f"rank {others}" in str(caught.value)
+            local.copy_(kept)
+        replicas.compare(state)
+        world.stop()
+        return 0
+
+    codes, said = forked(tmp_path, 4, look)
+    assert codes == [0] * 4, said
+
+
+@pytest.mark.full
+def test_a_rewind_of_a_sharded_model_over_several_processes(workspace: Path) -> None:
+    options = {"guard.spike": "rewind", "guard.replicas_every": 1, "parallel.replicate": 2}
+    whole = Run(workspace, "whole4", 4, **options, **{"train.batch_tokens": 512})
+    whole.options["train.tokens"] = 512 * STEPS
+    said = whole.go("step.graded:step=30,hit=1,action=spike")
+    assert "step 30 is a spike" in said and whole.rows()[-1]["branch"] == 1
 
 
 def test_what_flipped_bits_do_to_a_step(
@@ -556,7 +630,7 @@ def test_what_flipped_bits_do_to_a_step(
         return flat.view(tensor.shape)
 
     for number in range(scale(24, 200)):
-        kind, bit = list(counted)[number % 3], rng.randrange(32)
+        kind, bit = list(counted)[number % 3], 30 if number % 4 == 0 else rng.randrange(32)
         victim = rng.choice(list(inside.model.parameters()))
         hooks = []
         if kind == "weight":

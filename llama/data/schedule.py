@@ -48,15 +48,12 @@ def skip(cfg: Config, order: Order, first: int, end: int) -> Order:
     return _with_ramp(order.append(first, skipped=[samples])[0], cfg, first)
 
 
-def rewinds(run: Path) -> list[dict[str, Any]]:
+def rewinds(run: Path) -> Any:
     """Every rewind that a run has decided on, in order; see llama/runtime/rewind.py."""
-    path = run / REWINDS
-    return list(files.read_json(path)) if path.exists() else []
+    return files.read_json(run / REWINDS) if (run / REWINDS).exists() else []
 
 
-def goes_on(
-    saved: dict[str, Any], rewinds: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], int]:
+def goes_on(saved: dict[str, Any], rewinds: list[Any]) -> tuple[list[dict[str, Any]], int]:
     """(segments, step) that a run goes on with from a checkpoint's state, maybe not yet rewound."""
     if rewinds and saved.get("branch", 0) < rewinds[-1]["branch"]:
         return rewinds[-1]["segments"], min(int(saved["step"]), rewinds[-1]["to"])

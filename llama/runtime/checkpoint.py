@@ -306,7 +306,6 @@ def abandon(run: str | Path, step: int, branch: int) -> None:
         with suppress(UserError):
             if number > step and read_state(path).get("branch", 0) < branch:
                 path.rename(_free_name(path.parent, "abandoned"))
-    files.fsync_folder(folder(run))
 
 
 def sweep(run: str | Path) -> None:

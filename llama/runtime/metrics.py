@@ -28,16 +28,11 @@ class Metrics:
     """Writes rows; made on rank 0 only."""
 
     def __init__(
-        self,
-        run: Path,
-        cfg: LogConfig,
-        resume_step: int,
-        settings: dict[str, Any],
-        branch: int = 0,
+        self, run: Path, cfg: LogConfig, step: int, settings: dict[str, Any], branch: int = 0
     ) -> None:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            keep_rows(self.path, resume_step, branch)
+            keep_rows(self.path, step, branch)
         self._file = open(self.path, "ab")
         self._sinks = [s for s in (_wandb(run, cfg, settings), _tensorboard(run, cfg)) if s]
         self._lost = False

@@ -8,20 +8,15 @@ carries out what is written there (llama/runtime/state.py), so that a kill undoe
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from llama import files
 from llama.cli import UserError
 from llama.data import schedule
 from llama.data.loader import Loader
 from llama.runtime import checkpoint, replicas
-from llama.runtime.guard import Reading
 from llama.runtime.state import State, resume
 
 
-def batches(
-    state: State, reader: Loader, *how: Any
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def batches(state: State, reader: Loader, *how: Any) -> Iterator[Any]:
     """`reader.steps` from the state's step to the end of the run, again after each rewind."""
     order = None
     while order is not state.order:
@@ -37,8 +32,8 @@ def rewound(state: State) -> bool:
 
     Returns whether the state is an older one now. Raises `UserError` where the run must end.
     """
-    state.pace.mark()
     every, last = state.cfg.guard.replicas_every, state.step == state.steps
+    state.pace.mark()
     if every and (state.step % every == 0 or last):
         replicas.compare(state)
     seen = [(state.step - 1, state.guard.read())]
@@ -47,66 +42,54 @@ def rewound(state: State) -> bool:
     return any(reading and _act(state, step, reading) for step, reading in seen)
 
 
-def _act(state: State, step: int, seen: Reading) -> bool:
+def _act(state: State, step: int, seen: list[float]) -> bool:
     cfg, here = state.cfg.guard, state.world
-    if seen.unchanged >= cfg.patience:
-        raise UserError(
-            f"the last {seen.unchanged:.0f} steps up to step {step} changed nothing ({seen}): go "
-            "on from a checkpoint before them with a lower --optim.lr and "
-            "--checkpoint.accept_changes true, or look for a broken device (guard.patience)"
-        )
-    if seen.unchanged:
-        here.say(f"WARNING: step {step} changed nothing: {seen}")
-    elif seen.spike and cfg.spike == "rewind":
-        return _rewind(state, step, seen)
-    elif seen.spike:
-        here.say(f"WARNING: spike at step {step}: {seen}")
-    return False
-
-
-def _rewind(state: State, step: int, seen: Reading) -> bool:
-    here = state.world
-    decision, problem = here.broadcast(_decide(state, step) if here.leads else None)
-    if problem and not decision:
-        here.say(f"WARNING: spike at step {step}: {seen}; no rewind: {problem}")
-        return False
-    if problem:
-        raise UserError(f"spike at step {step}: {seen}; {problem}")
-    first, end = decision["skipped"]
-    here.say(
-        f"WARNING: spike at step {step}: {seen}; back to step {decision['to']}, branch "
-        f"{decision['branch']} passes over the batches of steps {first + 1} to {end}"
+    loss, norm, loss_limit, norm_limit, spike, unchanged = seen
+    what = (
+        f"step {step} {'changed nothing' if unchanged else 'is a spike'}: loss {loss:.4g} and "
+        f"gradient norm {norm:.4g}, limits {loss_limit:.4g} and {norm_limit:.4g}"
     )
-    return resume(state)
+    decision = None
+    if unchanged >= cfg.patience:
+        raise UserError(
+            f"{what}, the last of {unchanged:.0f} steps (guard.patience): go on from a checkpoint "
+            "before them with a lower --optim.lr and --checkpoint.accept_changes true, or look "
+            "for a broken device"
+        )
+    if spike and cfg.spike == "rewind":
+        decision, note = here.broadcast(_decide(state, step) if here.leads else None)
+        what += f"; {note}"
+        if decision and decision["times"] > cfg.rewinds:
+            raise UserError(what)
+    if spike or unchanged:
+        here.say(f"WARNING: {what}")
+    return decision is not None and resume(state)
 
 
-def _decide(state: State, step: int) -> tuple[dict[str, Any] | None, str | None]:
-    """Write down where to go back to and what to pass over; or say why not."""
+def _decide(state: State, step: int) -> tuple[dict[str, Any] | None, str]:
+    """Write down where to go back to and what to pass over; None, and why not, where it cannot."""
     cfg, past = state.cfg.guard, schedule.rewinds(state.run)
     before = [number for number, _ in checkpoint.steps(state.run) if number < step]
     if not before:
-        return None, "there is no checkpoint before it (checkpoint.every)"
+        return None, "no rewind: there is no checkpoint before it (checkpoint.every)"
     to = max((n for n in before if n <= step - cfg.rewind_steps), default=min(before))
-    if sum(rewind["to"] == to for rewind in past) >= cfg.rewinds:
-        return past[-1], (
-            f"the run was rewound to step {to} {cfg.rewinds} times (guard.rewinds): take another "
-            "--optim.lr with --checkpoint.accept_changes true, or a larger --guard.skip_steps"
-        )
     # steps of the order count from 0; only what one segment drew can be named
     bad, segment = step - 1, state.order.segment(step - 1)
     later = [s.first_step for s in state.order.segments if s.first_step > bad]
     first = max(bad - cfg.skip_steps // 2, to, segment.first_step)
     end = min([bad + cfg.skip_steps - cfg.skip_steps // 2, *later])
-    order = schedule.skip(state.cfg, state.order, first, end)
-    decision = {
-        "branch": len(past) + 1,
-        "spike": step,
-        "to": to,
-        "skipped": [first, end],
-        "segments": order.segments,
-    }
+    segments = schedule.skip(state.cfg, state.order, first, end).segments
+    times = 1 + sum(rewind["to"] == to for rewind in past)
+    decision = {"branch": len(past) + 1, "spike": step, "to": to, "times": times}
+    decision |= {"skipped": [first, end], "segments": segments}
+    if times > cfg.rewinds:
+        return decision, (
+            f"guard.rewinds to step {to} are used up: take another --optim.lr with "
+            "--checkpoint.accept_changes true, or more --guard.skip_steps"
+        )
     try:
         files.write_json(state.run / schedule.REWINDS, [*past, decision])
     except OSError as error:
-        return None, f"{schedule.REWINDS} cannot be written: {error.strerror}"
-    return decision, None
+        return None, f"no rewind: {schedule.REWINDS} cannot be written: {error.strerror}"
+    passed = f"passes over the batches of steps {first + 1} to {end}"
+    return decision, f"back to step {to}, branch {len(past) + 1} {passed}"

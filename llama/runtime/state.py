@@ -167,12 +167,11 @@ def restore(state: State, found: Path) -> None:
 
 def _settle(run: Path) -> None:
     """Carry out the last rewind: a kill does not undo what was decided."""
-    rewinds = schedule.rewinds(run)
-    if rewinds and not checkpoint.steps(run):
+    if not checkpoint.steps(run):
         # somebody removed the checkpoints: the run begins anew
-        (run / schedule.REWINDS).unlink()
-    elif rewinds:
-        checkpoint.abandon(run, rewinds[-1]["to"], rewinds[-1]["branch"])
+        (run / schedule.REWINDS).unlink(missing_ok=True)
+    for last in schedule.rewinds(run)[-1:]:
+        checkpoint.abandon(run, last["to"], last["branch"])
 
 
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:

@@ -8,9 +8,9 @@ for it: a throttled GPU is found there, a slow host is not.
 
 import functools
 import platform
-import statistics
 import time
 from collections import deque
+from statistics import median, median_low
 from typing import Any
 
 import torch.distributed as dist
@@ -28,14 +28,14 @@ class Pace:
     def __init__(self) -> None:
         self.own_s: deque[float] = deque(maxlen=STEPS)
         self.named: int | None = None
-        self._since: tuple[float, float] | None = None
+        self._since: float | None = None
 
     def mark(self) -> None:
         """A step has ended and the next one begins."""
-        now, waited = time.monotonic(), _waited()[0]
-        if self._since:
-            self.own_s.append(now - self._since[0] - (waited - self._since[1]))
-        self._since = now, waited
+        now = time.monotonic() - _waited()[0]
+        if self._since is not None:
+            self.own_s.append(now - self._since)
+        self._since = now
 
 
 @functools.cache
@@ -45,10 +45,9 @@ def _waited() -> list[float]:
 
     def timed(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
         began = time.monotonic()
-        try:
-            return wait(work, *args, **kwargs)
-        finally:
-            total[0] += time.monotonic() - began
+        result = wait(work, *args, **kwargs)
+        total[0] += time.monotonic() - began
+        return result
 
     # torch's Python functions, FSDP's too, end in this method; it blocks on CPUs only
     dist.Work.wait = timed  # type: ignore[assignment, method-assign]
@@ -60,21 +59,16 @@ def compare(pace: Pace, here: World, own_s: float | None = None) -> dict[str, An
 
     `own_s` takes the place of what `pace` has measured.
     """
-    if here.size == 1:
+    if here.size == 1 or len(pace.own_s) < FEWEST:
         return {}
-    known = len(pace.own_s) >= FEWEST
-    mine = own_s or (statistics.median(pace.own_s) if known else None)
-    ranks = here.gather((mine, platform.node()))
-    times = [seconds for seconds, _ in ranks if seconds]
-    if len(times) < here.size:
-        return {}
+    times, nodes = zip(*here.gather((own_s or median(pace.own_s), platform.node())), strict=True)
     # of two, the faster one: the slower must not be its own measure
-    usual, slowest = statistics.median_low(times), times.index(max(times))
+    usual, slowest = median_low(times), times.index(max(times))
     ratio = times[slowest] / usual
     if ratio > SLOW and slowest != pace.named:
         here.say(
-            f"WARNING: rank {slowest} on {ranks[slowest][1]} is {ratio:.2f} x slower than the "
-            f"median rank: {times[slowest]:.3g} s of its own a step, not {usual:.3g} s"
+            f"WARNING: rank {slowest} on {nodes[slowest]} is {ratio:.2f} x slower than the median "
+            f"rank: {times[slowest]:.3g} s of its own a step, not {usual:.3g} s"
         )
-    pace.named = slowest if ratio > SLOW else None
+        pace.named = slowest
     return {"own_s": usual, "own_s_max": times[slowest], "slowest_rank": slowest}
