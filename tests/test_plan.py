@@ -38,12 +38,12 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
     """Most bytes of a step of train.py on rank 0, its processes pretended, as torch counts them."""
     world, passes = at.gpus, 1 + at.accumulates
     dtype: Any = {2: "bfloat16", 4: "float32"}[at.element_bytes]
-    windows = passes * at.micro_batch
+    windows, ranks = passes * at.micro_batch, at.replicate * at.shard
     cfg = Config(
         model=model_cfg,
         data=DataConfig(seq_len=at.seq_len),
         train=TrainConfig(
-            batch_tokens=Count(windows * world * at.seq_len),
+            batch_tokens=Count(windows * ranks * at.seq_len),
             micro_batch=at.micro_batch,
             dtype=dtype,
             compile=False,
@@ -51,6 +51,8 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
         parallel=ParallelConfig(
             at.replicate,
             at.shard,
+            at.tensor,
+            at.context,
             recompute=at.recompute,  # type: ignore[arg-type]
             budget=Bytes(at.budget) or None,
         ),
@@ -64,7 +66,7 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
         model.to_empty(device="cpu")
         model.init_weights(0)
         optimizer = optim.build(model, cfg.optim)
-        segment = SimpleNamespace(batch_windows=windows * world)
+        segment = SimpleNamespace(batch_windows=windows * ranks)
         state: Any = SimpleNamespace(
             cfg=cfg,
             world=SimpleNamespace(device=torch.device("cpu"), size=world),
@@ -78,6 +80,8 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             window=torch.zeros(1, 2, dtype=torch.float64),
             eos_id=2,
             order=SimpleNamespace(segment=lambda step: segment),
+            guard=SimpleNamespace(judge=lambda loss, norm: torch.zeros(())),
+            saver=SimpleNamespace(before_update=lambda: None),
         )
         tokens = torch.randint(0, model_cfg.vocab_size or 0, (windows, at.seq_len + 1))
         tracker: Any = MemTracker()
