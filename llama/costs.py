@@ -212,7 +212,10 @@ class Layout:
 def kept_by_blocks(cfg: ModelConfig, at: Layout, mode: str) -> int:
     """Bytes that a block keeps for the backward pass in one process."""
     e, t, c = at.element_bytes, at.tensor, at.context
-    return activation_bytes_per_token(cfg, e, mode, t, c) * at.tokens // cfg.n_layers // t
+    # sdpa takes a mask where there are more keys than queries: those of the second piece
+    mask = e * at.seq_len**2 // (2 * c) if c > 1 and mode in ("none", "manual") else 0
+    each = activation_bytes_per_token(cfg, e, mode, t, c) // cfg.n_layers
+    return each * at.tokens // t + mask
 
 
 def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
@@ -259,6 +262,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     share = L * block_share + root_share
     d, f, head = cfg.dim, cfg.hidden_dim, (cfg.vocab_size or 0) * cfg.dim // t
     each, whole = modes(cfg, at), kept_by_blocks(cfg, at, "none")
+    if at.context > 1 and "manual" in each:
+        # its own keys and values, and their gradients beside those of all
+        whole += 4 * e * cfg.kv_heads * cfg.head_dim * tokens // t
     # by the blocks before the i-th
     kept = [0, *accumulate(kept_by_blocks(cfg, at, mode) for mode in each)]
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
