@@ -7,6 +7,7 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 
 import gc
 import math
+import re
 import signal
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from kernels import attention
 from llama import cli, config, costs, faults, files, optim
@@ -28,7 +29,7 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, signals, watch, world
+from llama.runtime import console, folder, metrics, oom, profile, rewind, signals, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
@@ -47,17 +48,19 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     to be skipped, leaves parameters and moments of every rank as they are.
     """
     cfg, device = state.cfg, state.world.device
-    faults.point("step.begun", step=state.step + 1)
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
-    micro_batches = zip(
-        tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True
+    micro_batches = list(
+        zip(tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True)
     )
-    for windows, rows in micro_batches:
-        losses, counts = forward(state, windows)
+    for number, (windows, rows) in enumerate(micro_batches, 1):
+        fsdp.prepare(state.model, cfg.parallel, last=number == len(micro_batches))
+        with record_function("forward"):
+            losses, counts = forward(state, windows)
         # FSDP averages over ranks: the constant makes that the mean over the batch's tokens
-        (losses.sum() * (state.averaged_over / nominal)).backward()
+        with record_function("backward"):
+            (losses.sum() * (state.averaged_over / nominal)).backward()
         if state.place.tensor_rank == 0:
             stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
@@ -96,6 +99,7 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
+@record_function("validation")
 def validate(state: State) -> dict[str, float]:
     """Mean loss per source over the first windows of its held-out documents."""
     cfg, here, place, results = state.cfg, state.world, state.place, {}
@@ -115,9 +119,7 @@ def validate(state: State) -> dict[str, float]:
         dist.all_reduce(total)
         results[name] = float(total[0] / total[1])
     state.model.train()
-    if isinstance(state.model, FSDPModule):
-        # a forward pass without a backward pass leaves the root gathered
-        state.model.reshard()
+    fsdp.reshard(state.model)
     return results
 
 
@@ -141,6 +143,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     averaged_over = apply.apply(model, chosen, place, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
+    # nothing draws from these yet; a checkpoint keeps them, so they begin where the seed says
+    torch.manual_seed(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
     if cfg.train.init_from:
         recognise(cfg.train.init_from)  # refused here, before anything is written
@@ -246,23 +250,20 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     reader = loader.Loader(state.sources, state.order)
     clock = metrics.Clock(state.tokens)
 
-    def share(number: int) -> tuple[int, int]:
-        place = state.place
-        each = state.order.segment(number).batch_windows // place.data_size
-        return place.data_rank * each, (place.data_rank + 1) * each
-
     asked = None
-    for number, tokens, source in watch.batches(state, reader, share):
+    batches = rewind.batches(state, reader, partial(rows_of, state))
+    for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
+        faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
-        if watch.rewound(state):
+        if rewind.rewound(state):
             clock.read(state.tokens, reader.waited_s)
             continue
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
-        if state.step % cfg.log.every == 0 or state.step == 1 or last:
+        if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
@@ -287,6 +288,18 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     if log:
         log.close()
     return asked
+
+
+def rows_of(state: State, number: int) -> tuple[int, int]:
+    """Which windows of a step's batch this process trains on: first and end."""
+    place = state.place
+    each = state.order.segment(number).batch_windows // place.data_size
+    return place.data_rank * each, (place.data_rank + 1) * each
+
+
+def is_logged(state: State) -> bool:
+    """Whether the step just made has a row in metrics.jsonl."""
+    return state.step % state.cfg.log.every == 0 or state.step in (1, state.steps)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -327,6 +340,7 @@ def main(argv: list[str]) -> int:
     parser = config.parser("torchrun train.py")
     parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
     parser.add_argument("--gpus", type=int | None, help="Of a dry run: spread it over so many.")
+    argv = [re.sub(r"^--profile\b", "--log.profile", word) for word in argv]
     try:
         refuse_clashes()
         cfg = config.load(argv, parser)

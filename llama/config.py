@@ -157,18 +157,32 @@ class ParallelConfig:
         replicate: Copies of the sharded model.
         shard: Processes that share one copy (FSDP).
         tensor: Processes that share each matrix (tensor and sequence parallel).
+        async_tensor: Whether torch overlaps their collectives with products, piece by piece: for
+            tensor groups on GPUs with compiled blocks.
         context: Processes that share each sequence.
         recompute: What the backward pass computes again instead of keeping; budget mixes none,
             manual and full by block.
         budget: Bytes that recompute budget may keep for the backward pass per process (20GB).
+        reshard: Give up a block's weights after its forward pass and gather them again in the
+            backward pass; false keeps them from the first micro-batch to the last (ZeRO-2), for a
+            small model on slow links.
+        prefetch: Blocks that are gathered ahead, in both directions; 2 where one block computes
+            less long than the next one travels, as with short sequences over many machines.
+        accumulate: What is kept between micro-batches: sharded gradients, reduced each time;
+            unsharded ones, reduced once a step, for small models on slow links; replica_deferred
+            is sharded with the sum over replicas left to the last one, for replicas far apart.
     """
 
     replicate: int = 1
     shard: int = -1
     tensor: int = 1
+    async_tensor: bool = False
     context: int = 1
     recompute: Recompute = "none"
     budget: Bytes | None = None
+    reshard: bool = True
+    prefetch: int = 1
+    accumulate: Literal["sharded", "unsharded", "replica_deferred"] = "sharded"
 
 
 @dataclass
@@ -256,11 +270,13 @@ class LogConfig:
         every: Steps between log lines.
         wandb: Weights & Biases mode.
         tensorboard: Write TensorBoard events into the run folder.
+        profile: Steps to record for python -m llama.trace, as 10-12; `--profile` for short.
     """
 
     every: int = 10
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     tensorboard: bool = False
+    profile: str | None = None
 
 
 @dataclass

@@ -193,6 +193,9 @@ class Layout:
     accumulates: bool = False
     loss_elements: int = 2**26
     budget: int = 0
+    accumulate: str = "sharded"
+    reshard: bool = True
+    prefetch: int = 1
 
     @property
     def tokens(self) -> int:
@@ -253,8 +256,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     """Bytes of a process by phase of a step, and in it by what they hold; the largest is the peak.
 
     Counted as FSDP2 allocates: float32 weights, gradients and moments divided over the processes;
-    a block gathered in the type of the forward pass with the next one fetched ahead; gradients of a
-    block reduced in float32 while the next one is computed; the root gathered throughout.
+    a block gathered in the type of the forward pass with the next ones fetched ahead, or all of
+    them throughout; gradients of a block reduced in float32 while the next one is computed, those
+    of several micro-batches kept as `accumulate` says; the root gathered throughout.
     """
     e, t, n, L, tokens = at.element_bytes, at.tensor, at.shards, cfg.n_layers, at.tokens
     block, root = (_count(part.values()) for part in shapes(cfg, t))
@@ -273,12 +277,17 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     rows = min(tokens, max(128, at.loss_elements // (cfg.vocab_size or 1)))
     # in float32 and as their gradient; the last piece's gradient is still there with the next one
     logits = rows * ((6 if e < 4 else 4) + e * (rows < tokens)) * head // d + rows * d * e * (e > 2)
+    # unsharded gradients wait for the last micro-batch whole, in float32
+    waits = copies and at.accumulates and at.accumulate == "unsharded"
+    fresh = e * (not waits or e < 4)
+    # FSDP gives up what it sums over replicas at the end of the pass, unless gradients are in it
+    summed = at.accumulates and at.replicate > 1 and at.accumulate == "sharded"
     found = {}
 
     def phase(name: str, gradients: int, activations: int, gathered: int, working: int) -> None:
         found[name] = {
             "parameters": 4 * share,
-            "gradients": 4 * share if at.accumulates else gradients,
+            "gradients": gradients if waits or not at.accumulates else 4 * share,
             "optimizer": 8 * share,
             "activations": activations,
             "gathered and in flight": gathered,
@@ -287,7 +296,8 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
 
     last = 2 * e * d * tokens // t
     in_loss = last // 2 + 4 * head + logits
-    phase("loss", 0, kept[L] + last, e * (copies * root + travels * block), in_loss)
+    loss_holds = e * (copies * (root + (not at.reshard) * L * block) + travels * block)
+    phase("loss", waits * 4 * (L * block + root), kept[L] + last, loss_holds, in_loss)
     # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
     inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
     inside = max(inside + e * d * f // t, e * block + e * tokens * d // t)
@@ -295,21 +305,24 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):
         done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
-        # FSDP gives up what it sums over replicas at the end of the pass
-        output = done * (at.accumulates and at.replicate > 1)
-        ahead = e * copies * (root + (i > 0) * block)
+        output = done * summed
+        # without resharding all blocks stay for the next micro-batch, in the last one those to come
+        others = min(i, at.prefetch) if at.reshard else L - 1 if at.accumulates else i
+        ahead = e * copies * (root + others * block)
+        waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"
         held = ahead + e * copies * block + output + 4 * copies * follows * block
-        phase(name, done, kept[i], held, e * head + inside)
+        phase(name, done + waiting + waits * 4 * block, kept[i], held, fresh * head + inside)
         # weights of one process are not given up before
         held = ahead + e * copies * (n == 1) * block + output + 4 * copies * block
-        reduced = e * head + e * block + e * tokens * d // t
-        phase(f"block {i + 1}, reduction", done, kept[i], held, reduced)
+        reduced = fresh * head + e * (not waits) * block + e * tokens * d // t
+        phase(f"block {i + 1}, reduction", done + waiting, kept[i], held, reduced)
     # in one process these are cast beside the embedding's own
     twice = (n == 1) * (e * head * (not at.accumulates) + e * root * (e < 4))
     done = 4 * L * block_share
-    held = 4 * copies * root + done * (at.accumulates and at.replicate > 1)
-    phase("end of the backward pass", done, 0, held, e * root + copies * twice)
+    held = 4 * copies * root + done * summed
+    ends = done + waits * 4 * root
+    phase("end of the backward pass", ends, 0, held, e * (not waits) * root + copies * twice)
     phase("update", 4 * share, 0, 0, 0)
     return found
 

@@ -39,7 +39,7 @@ def check(cfg: dict[str, Any]) -> None:
     `cfg` is the nested configuration as it is written to YAML, with every key present.
     """
     for key, value in _numbers(cfg):
-        if key.startswith("parallel.") and key != "parallel.budget":
+        if key.startswith("parallel.") and key not in ("parallel.budget", "parallel.prefetch"):
             good, expected = value == -1 or value >= 1, "1 or more, or -1 for the rest"
         elif key in SHARES:
             top = 1 if "betas" not in key else 1 - 1e-9
@@ -70,6 +70,9 @@ def check(cfg: dict[str, Any]) -> None:
             )
     if cfg["guard"]["window"] < 16:
         raise UserError(f"guard.window is {cfg['guard']['window']}, expected 16 or more")
+    steps = re.fullmatch(r"0*([1-9]\d*)-(\d+)", cfg["log"]["profile"] or "1-1")
+    if not steps or int(steps[1]) > int(steps[2]):
+        raise UserError(f"log.profile is {cfg['log']['profile']!r}, expected steps such as 10-12")
     if isinstance(d["mixture"], dict):
         check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:

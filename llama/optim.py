@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 from llama.config import OptimConfig
 
@@ -60,6 +61,7 @@ def build(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
 
 
 @torch.no_grad()
+@record_function("optimizer")
 def step(
     optimizer: torch.optim.Optimizer,
     lr: float,

@@ -2,19 +2,24 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from made_kernels import Exchange, in_threads
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import costs
 from llama.cli import UserError
 from llama.config import Bytes, Config, ModelConfig
 from llama.costs import Layout
 from llama.model import Transformer, TransformerBlock
-from llama.parallel import manual, recompute
+from llama.parallel import fsdp, manual, recompute
 from llama.parallel.layout import resolve
 
 MODES = ("none", "manual", "selective", "full")
@@ -224,3 +229,50 @@ def test_a_budget_that_holds_nothing_is_told_the_least() -> None:
     cfg.parallel.budget = Bytes(cfg.parallel.budget - 1)
     with pytest.raises(UserError, match="too small"):
         resolve(cfg, 1, on_gpu=False)
+
+
+# -- under FSDP ------------------------------------------------------------------------------------
+
+
+class Sent(TorchDispatchMode):
+    """Notes what is sent: the collective and the elements of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls.append((func.__name__, args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def sent_in_a_step(mode: str) -> list[tuple[str, int]]:
+    """What one of four pretended processes sends, in order."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            made = Transformer(ModelConfig(dim=64, n_layers=3, n_heads=4, vocab_size=64))
+        recompute.apply(made, [mode] * 3)
+        fsdp.apply(made, init_device_mesh("cpu", (4,)), torch.bfloat16)
+        made.to_empty(device="cpu")
+        with Sent() as sent:
+            losses, _ = made(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9).long())
+            for block in made.layers:
+                of_block = block._get_fsdp_state()._fsdp_param_group.fsdp_params  # type: ignore[operator]
+                assert len(of_block) == 9
+                # what autograd keeps of the weights has no memory until it is gathered again
+                for parameter in of_block:
+                    assert parameter._unsharded_param.untyped_storage().size() == 0
+            losses.sum().backward()
+        return sent.calls
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_fsdp_frees_and_sends_as_without(mode: str) -> None:
+    expected = sent_in_a_step("none")
+    # three blocks gathered in both directions and the root once, all reduced
+    assert len(expected) >= 3 + 2 + 1 + 4
+    assert sent_in_a_step(mode) == expected

@@ -27,6 +27,8 @@ from llama.model import Transformer
 from llama.parallel import apply, fsdp
 from llama.parallel.layout import divisors, nearest, resolve, share, with_micro_batch
 from llama.plan import dry, layouts, published, speed
+from llama.runtime.background import Saver
+from llama.runtime.guard import Guard
 
 ROOT = Path(__file__).parent.parent
 A100 = CHIPS["a100-80g"]
@@ -37,7 +39,7 @@ A100 = CHIPS["a100-80g"]
 
 def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most bytes of a step of train.py on rank 0, its processes pretended, as torch counts them."""
-    world, passes = at.gpus, 1 + at.accumulates
+    world, passes = at.gpus, 1 + 2 * at.accumulates
     dtype: Any = {2: "bfloat16", 4: "float32"}[at.element_bytes]
     windows, ranks = passes * at.micro_batch, at.replicate * at.shard
     cfg = Config(
@@ -56,6 +58,9 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             at.context,
             recompute=at.recompute,  # type: ignore[arg-type]
             budget=Bytes(at.budget) or None,
+            reshard=at.reshard,
+            prefetch=at.prefetch,
+            accumulate=at.accumulate,  # type: ignore[arg-type]
         ),
     )
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
@@ -76,6 +81,8 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             steps=100,
             step=0,
             place=place,
+            guard=Guard(cfg.guard, SimpleNamespace(device=torch.device("cpu"), size=world)),  # type: ignore[arg-type]
+            saver=Saver(),
             averaged_over=averaged,
             micro_batch=at.micro_batch,
             window=torch.zeros(1, 2, dtype=torch.float64),
@@ -132,6 +139,9 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             element_bytes=element_bytes,
             accumulates=rng.random() < 0.5,
             loss_elements=2**20,
+            accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
+            reshard=rng.random() < 0.5,
+            prefetch=rng.choice([1, 2]),
         )
         if mode == "budget":
             least, most = (costs.kept(model, replace(at, recompute=m)) for m in ("full", "none"))
@@ -290,6 +300,12 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
             "2048 windows .* = 3000: train.batch_tokens 6144000 would, or replicate x shard 2048",
         ),
         ({"tensor": 3, "shard": 1}, 8, "parallel.tensor x context 2 or 4 would"),
+        ({"async_tensor": True, "shard": 8}, 8, "parallel.async_tensor with parallel.tensor 1"),
+        (
+            {"async_tensor": True, "tensor": 2, "shard": 4, "recompute": "manual"},
+            8,
+            "needs tensor groups on GPUs and compiled blocks",
+        ),
     ],
 )
 def test_what_does_not_divide_is_named_with_what_would(

@@ -2,15 +2,18 @@
 
 Replicas of the sharded model (HSDP) are a second mesh dimension. Gradients are averaged by FSDP;
 the loop scales the loss by ranks / (tokens of the batch), so that this is the mean over tokens.
+Gathers and reductions run beside the computation: the weights of the next blocks are asked for
+before a block begins, and a block's gradients are reduced while the one before it is computed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from llama.config import ParallelConfig
 from llama.parallel import context, layout
@@ -66,13 +69,58 @@ def place(cfg: ParallelConfig, device_type: str) -> Place:
     )
 
 
-def apply(model: nn.Module, device_mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def apply(
+    model: nn.Module, device_mesh: DeviceMesh, dtype: torch.dtype, cfg: ParallelConfig
+) -> None:
     """Shard every block, then the rest, in place. Works on the meta device."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
     for block in layers:
-        fully_shard(block, mesh=device_mesh, mp_policy=policy)
+        fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=cfg.reshard)
     # the root's parameters are used first and last: gathering them twice buys no memory
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
+    backward = FSDPModule.set_modules_to_backward_prefetch
+    for ask, order in (
+        (FSDPModule.set_modules_to_forward_prefetch, [model, *layers]),
+        (backward, [model, *reversed(layers)]),
+    ):
+        for i, unit in enumerate(order):
+            ask(unit, order[i + 1 : i + 1 + cfg.prefetch])
+
+
+def prepare(model: nn.Module, cfg: ParallelConfig, last: bool) -> None:
+    """Before each micro-batch, the `last` of a step or not: what its backward pass leaves."""
+    if not isinstance(model, FSDPModule):
+        return
+    if not cfg.reshard:
+        model.set_reshard_after_backward(last)
+    if cfg.accumulate == "unsharded":
+        model.set_requires_gradient_sync(last)
+    elif cfg.accumulate == "replica_deferred":
+        model.set_requires_all_reduce(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered weights: a forward pass without a backward pass leaves them behind."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def without_effect(model: nn.Module, cfg: ParallelConfig, micro_batches: int) -> Iterator[str]:
+    """Sentences about keys that change nothing in this run."""
+    mesh = getattr(next(model.parameters()), "device_mesh", None)
+    sizes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) if mesh else {}
+    replicas, divided = (sizes.get(name, 1) > 1 for name in ("replicate", "shard"))
+    deferred = cfg.accumulate == "replica_deferred"
+    reduced = micro_batches > 1 and (replicas or divided and not deferred)
+    groups = "replicas" if deferred else "processes"
+    for key, usual, works, needs in (
+        ("accumulate", "sharded", reduced, f"several micro-batches, {groups}"),
+        ("reshard", True, divided, "parallel.shard"),
+        ("prefetch", 1, divided, "parallel.shard"),
+    ):
+        if getattr(cfg, key) != usual and not works:
+            yield f"parallel.{key} {getattr(cfg, key)} has no effect: it needs {needs}"

@@ -13,6 +13,7 @@ import torch
 from llama import costs, optim
 from llama.cli import show_count, show_seconds
 from llama.data import mixture
+from llama.parallel import fsdp
 from llama.runtime import metrics, stragglers
 from llama.runtime.state import State, Step
 from llama.runtime.world import peak_bytes
@@ -43,6 +44,8 @@ def announce(state: State) -> None:
             f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
             f"{state.steps} steps:\nthe learning rate never reaches {cfg.optim.lr}"
         )
+    for sentence in fsdp.without_effect(state.model, cfg.parallel, micro_steps):
+        here.say(f"WARNING: {sentence}")
     for name in sorted(set(state.sources) - set(state.valid)):
         here.say(f"no validation for {name}: its held-out documents fill no window")
     assert isinstance(cfg.data.mixture, dict)
@@ -54,7 +57,9 @@ def announce(state: State) -> None:
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this device now, from a few milliseconds of one."""
     size = 4096 if device.type == "cuda" else 512
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    # a generator of its own: the run's random numbers go on as if nothing had been asked
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     spent = []
     for _ in range(3):
         began = time.perf_counter()
