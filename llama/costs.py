@@ -301,6 +301,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
     inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
     inside = max(inside + e * d * f // t, e * block + e * tokens * d // t)
+    if t > 1:
+        # gradients of whole sequences, of both products and their sum, before they are divided
+        inside = max(inside, whole + e * tokens * (3 * d - f // t))
     # the fullest moment is at an end, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):

@@ -52,10 +52,10 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             compile=False,
         ),
         parallel=ParallelConfig(
-            at.replicate,
-            at.shard,
-            at.tensor,
-            at.context,
+            replicate=at.replicate,
+            shard=at.shard,
+            tensor=at.tensor,
+            context=at.context,
             recompute=at.recompute,  # type: ignore[arg-type]
             budget=Bytes(at.budget) or None,
             reshard=at.reshard,
@@ -88,8 +88,6 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             window=torch.zeros(1, 2, dtype=torch.float64),
             eos_id=2,
             order=SimpleNamespace(segment=lambda step: segment),
-            guard=SimpleNamespace(judge=lambda loss, norm: torch.zeros(())),
-            saver=SimpleNamespace(before_update=lambda: None),
         )
         tokens = torch.randint(0, model_cfg.vocab_size or 0, (windows, at.seq_len + 1))
         tracker: Any = MemTracker()
