@@ -431,9 +431,11 @@ def test_a_dry_run_holds_what_the_arithmetic_says(rng: random.Random) -> None:
     model = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)
     # neither the widths nor the vocabulary are multiples of most of these
     shard, replicate = rng.randrange(1, 70), rng.randrange(1, 4)
-    cfg = Config(model=model, parallel=ParallelConfig(replicate, shard))
+    tensor, context = rng.choice([(1, 1), (2, 1), (1, 2), (2, 2)])
+    sizes = {"replicate": replicate, "shard": shard, "tensor": tensor, "context": context}
+    cfg = Config(model=model, parallel=ParallelConfig(**sizes))
     cfg.train.batch_tokens = Count(256 * shard * replicate)
-    table = dry.spread(cfg, shard * replicate)
+    table = dry.spread(cfg, shard * replicate * tensor * context)
     assert re.search(r"parameters +([\d.]+ \w+) +\1 ", table), table
     assert re.search(r"optimizer +([\d.]+ \w+) +\1 ", table), table
     assert not dist.is_initialized()
