@@ -145,7 +145,11 @@ def checkpoint_bytes(cfg: ModelConfig) -> int:
 
 
 def activation_bytes_per_token(
-    cfg: ModelConfig, element_bytes: int = 2, recompute: str = "none"
+    cfg: ModelConfig,
+    element_bytes: int = 2,
+    recompute: str = "none",
+    tensor: int = 1,
+    context: int = 1,
 ) -> int:
     """What the blocks keep per token for the backward pass: in bf16 16d + 6f a block by `none`.
 
@@ -153,12 +157,18 @@ def activation_bytes_per_token(
     product. manual: without the outputs of norms and the product (12d + 4f). selective: the block's
     input and the outputs of all seven matrix products and of attention (14d + 4f). full: the input.
     Beside them one float32 number a head (attention) and a norm.
+
+    A tensor group shares them, but each of it has whole sequences of what its first products take,
+    and selective of what its last give. Processes of a sequence keep keys and values for each of
+    their two pieces, up to it, and the attention's output once more in one piece; manual keeps its
+    own keys and values too.
     """
     d, kv, f = cfg.dim, 2 * cfg.kv_heads * cfg.head_dim, cfg.hidden_dim
+    pieces = d + kv * (2 * context - 1) // 2 if context > 1 else 0
     elements, sums = {
-        "none": (6 * d + kv + 3 * f, cfg.n_heads + 2),
-        "manual": (4 * d + kv + 2 * f, cfg.n_heads + 2),
-        "selective": (5 * d + kv + 2 * f, cfg.n_heads),
+        "none": (4 * d + kv + 3 * f + pieces + 2 * d * tensor, cfg.n_heads + 2),
+        "manual": (4 * d + kv + 2 * f + pieces + kv * (context > 1), cfg.n_heads + 2),
+        "selective": (3 * d + kv + 2 * f + 2 * d * tensor, cfg.n_heads),
         "full": (d, 0),
     }[recompute]
     return cfg.n_layers * (element_bytes * elements + 4 * sums)
@@ -204,8 +214,11 @@ class Layout:
 
 def kept_by_blocks(cfg: ModelConfig, at: Layout, mode: str) -> int:
     """Bytes that a block keeps for the backward pass in one process."""
-    L, e = cfg.n_layers, at.element_bytes
-    return activation_bytes_per_token(cfg, e, mode) * at.tokens // L // at.tensor
+    e, t, c = at.element_bytes, at.tensor, at.context
+    # sdpa takes a mask where there are more keys than queries: those of the second piece
+    mask = e * at.seq_len**2 // (2 * c) if c > 1 and mode in ("none", "manual") else 0
+    each = activation_bytes_per_token(cfg, e, mode, t, c) // cfg.n_layers
+    return each * at.tokens // t + mask
 
 
 def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
@@ -253,13 +266,14 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     share = L * block_share + root_share
     d, f, head = cfg.dim, cfg.hidden_dim, (cfg.vocab_size or 0) * cfg.dim // t
     each, whole = modes(cfg, at), kept_by_blocks(cfg, at, "none")
+    if at.context > 1 and "manual" in each:
+        # its own keys and values, and their gradients beside those of all
+        whole += 4 * e * cfg.kv_heads * cfg.head_dim * tokens // t
     # by the blocks before the i-th
     kept = [0, *accumulate(kept_by_blocks(cfg, at, mode) for mode in each)]
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
     # travel; a single process in float32 does without it
     copies, travels = at.gpus > 1 or e < 4, n > 1
-    # in a tensor group: the inputs of a block's first products, gathered over the sequence
-    sequence = 2 * e * d * tokens if t > 1 else 0
     rows = min(tokens, max(128, at.loss_elements // (cfg.vocab_size or 1)))
     # in float32 and as their gradient; the last piece's gradient is still there with the next one
     logits = rows * ((6 if e < 4 else 4) + e * (rows < tokens)) * head // d + rows * d * e * (e > 2)
@@ -286,7 +300,10 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     phase("loss", waits * 4 * (L * block + root), kept[L] + last, loss_holds, in_loss)
     # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
     inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
-    inside = max(inside + e * d * f // t + sequence, e * block + e * tokens * d // t)
+    inside = max(inside + e * d * f // t, e * block + e * tokens * d // t)
+    if t > 1:
+        # gradients of whole sequences, of both products and their sum, before they are divided
+        inside = max(inside, whole + e * tokens * (3 * d - f // t))
     # the fullest moment is at an end, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):

@@ -119,11 +119,12 @@ def evidence(run: Path, whole: dict[int, Path], steps: int | None, only: Path | 
     `whole` are the run's undamaged checkpoints by step, `only` names the one to start from. Goes at
     least to the next thing recorded; raises `UserError` where there is none.
     """
-    rows = {}
+    read: list[dict[str, Any]] = []
     with suppress(FileNotFoundError):
         for line in (run / "metrics.jsonl").read_bytes().splitlines():
             with suppress(orjson.JSONDecodeError):  # the last one, torn by a kill
-                rows |= {row["step"]: row} if "loss" in (row := orjson.loads(line)) else {}
+                read.append(orjson.loads(line))
+    rows = {row["step"]: row for row in metrics.lineage(read) if "loss" in row}
     recorded = {n: checkpoint.read_state(path) for n, path in whole.items()}
 
     def reached(step: int) -> tuple[list[int], int]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
@@ -40,19 +41,21 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
     """Most bytes of a step of train.py on rank 0, its processes pretended, as torch counts them."""
     world, passes = at.gpus, 1 + 2 * at.accumulates
     dtype: Any = {2: "bfloat16", 4: "float32"}[at.element_bytes]
-    windows = passes * at.micro_batch
+    windows, ranks = passes * at.micro_batch, at.replicate * at.shard
     cfg = Config(
         model=model_cfg,
         data=DataConfig(seq_len=at.seq_len),
         train=TrainConfig(
-            batch_tokens=Count(windows * world * at.seq_len),
+            batch_tokens=Count(windows * ranks * at.seq_len),
             micro_batch=at.micro_batch,
             dtype=dtype,
             compile=False,
         ),
         parallel=ParallelConfig(
-            at.replicate,
-            at.shard,
+            replicate=at.replicate,
+            shard=at.shard,
+            tensor=at.tensor,
+            context=at.context,
             recompute=at.recompute,  # type: ignore[arg-type]
             budget=Bytes(at.budget) or None,
             reshard=at.reshard,
@@ -69,7 +72,7 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
         model.to_empty(device="cpu")
         model.init_weights(0)
         optimizer = optim.build(model, cfg.optim)
-        segment = SimpleNamespace(batch_windows=windows * world)
+        segment = SimpleNamespace(batch_windows=windows * ranks)
         state: Any = SimpleNamespace(
             cfg=cfg,
             world=SimpleNamespace(device=torch.device("cpu"), size=world),
@@ -105,6 +108,8 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
         return int(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
     finally:
         dist.destroy_process_group()
+        # it knows groups by name, and the next world has others
+        _clear_sharding_prop_cache()
 
 
 @pytest.mark.slow
@@ -142,6 +147,39 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
         phase, parts = costs.peak(model, at)
         planned, real = sum(parts.values()), tracked(model, at, monkeypatch)
         assert abs(planned / real - 1) < 0.05, (model, at, phase, parts, planned / real)
+
+
+# (replicate, shard, tensor, context)
+DIVIDED = [(1, 1, 2, 1), (2, 2, 4, 1), (1, 1, 1, 2), (1, 2, 1, 4), (2, 1, 2, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", layouts.MODES)
+def test_memory_of_divided_matrices_and_sequences_is_within_5_percent(
+    mode: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for replicate, shard, tensor, context in DIVIDED:
+        model = ModelConfig(
+            dim=8 * rng.choice([32, 64]),
+            n_layers=rng.randrange(3, 7),
+            n_heads=8,
+            n_kv_heads=rng.choice([None, 4]),
+            vocab_size=rng.choice([320, 1000]),
+        )
+        at = Layout(
+            seq_len=rng.choice([128, 256]),
+            micro_batch=rng.choice([1, 2]),
+            shard=shard,
+            replicate=replicate,
+            tensor=tensor,
+            context=context,
+            recompute=mode,
+            element_bytes=rng.choice([2, 4]),
+            accumulates=rng.random() < 0.5,
+            loss_elements=2**20,
+        )
+        planned, real = costs.needed(model, at), tracked(model, at, monkeypatch)
+        assert abs(planned / real - 1) < 0.05, (model, at, costs.peak(model, at), planned / real)
 
 
 def test_memory_grows_with_what_it_should(rng: random.Random) -> None:
@@ -393,9 +431,11 @@ def test_a_dry_run_holds_what_the_arithmetic_says(rng: random.Random) -> None:
     model = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)
     # neither the widths nor the vocabulary are multiples of most of these
     shard, replicate = rng.randrange(1, 70), rng.randrange(1, 4)
-    cfg = Config(model=model, parallel=ParallelConfig(replicate, shard))
+    tensor, context = rng.choice([(1, 1), (2, 1), (1, 2), (2, 2)])
+    sizes = {"replicate": replicate, "shard": shard, "tensor": tensor, "context": context}
+    cfg = Config(model=model, parallel=ParallelConfig(**sizes))
     cfg.train.batch_tokens = Count(256 * shard * replicate)
-    table = dry.spread(cfg, shard * replicate)
+    table = dry.spread(cfg, shard * replicate * tensor * context)
     assert re.search(r"parameters +([\d.]+ \w+) +\1 ", table), table
     assert re.search(r"optimizer +([\d.]+ \w+) +\1 ", table), table
     assert not dist.is_initialized()

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -557,8 +559,12 @@ def test_dry_run_builds_the_published_sizes_and_writes_nothing(tmp_path: Path) -
     parameters = {"7b": "6,738,415,616", "65b": "65,285,660,672"}
     for size, number in parameters.items():
         words = [sys.executable, str(ROOT / "train.py"), "--config"]
-        result = _call(*words, str(ROOT / f"configs/llama_{size}.yaml"), "--dry_run", cwd=tmp_path)
+        words += [str(ROOT / f"configs/llama_{size}.yaml"), "--dry_run", "--gpus", "2048"]
+        result = _call(*words, cwd=tmp_path)
         assert number in result.stdout and "commoncrawl" in result.stdout
+        assert re.search(r"parameters +([\d.]+ \w+) +\1 +\1\n", result.stdout)
+    # kilobytes, of any process started so far
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 8e6
     assert list(tmp_path.iterdir()) == []
 
 
