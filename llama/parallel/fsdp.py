@@ -8,6 +8,7 @@ before a block begins, and a block's gradients are reduced while the one before 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,10 +82,10 @@ def apply(
         fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=cfg.reshard)
     # the root's parameters are used first and last: gathering them twice buys no memory
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
-    backward = FSDPModule.set_modules_to_backward_prefetch
+    units: Any = [model, *layers]
     for ask, order in (
-        (FSDPModule.set_modules_to_forward_prefetch, [model, *layers]),
-        (backward, [model, *reversed(layers)]),
+        (FSDPModule.set_modules_to_forward_prefetch, units),
+        (FSDPModule.set_modules_to_backward_prefetch, [model, *units[:0:-1]]),
     ):
         for i, unit in enumerate(order):
             ask(unit, order[i + 1 : i + 1 + cfg.prefetch])
