@@ -77,15 +77,14 @@ def apply(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
-    layers: nn.ModuleList = model.layers  # type: ignore[assignment]
-    for block in layers:
+    blocks: Any = list(model.layers)  # type: ignore[arg-type]
+    for block in blocks:
         fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=cfg.reshard)
     # the root's parameters are used first and last: gathering them twice buys no memory
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
-    units: Any = [model, *layers]
     for ask, order in (
-        (FSDPModule.set_modules_to_forward_prefetch, units),
-        (FSDPModule.set_modules_to_backward_prefetch, [model, *units[:0:-1]]),
+        (FSDPModule.set_modules_to_forward_prefetch, [model, *blocks]),
+        (FSDPModule.set_modules_to_backward_prefetch, [model, *blocks[::-1]]),
     ):
         for i, unit in enumerate(order):
             ask(unit, order[i + 1 : i + 1 + cfg.prefetch])
