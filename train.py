@@ -29,7 +29,7 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, profile, signals, watch, world
+from llama.runtime import console, folder, metrics, oom, profile, rewind, signals, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
@@ -48,7 +48,6 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     to be skipped, leaves parameters and moments of every rank as they are.
     """
     cfg, device = state.cfg, state.world.device
-    faults.point("step.begun", step=state.step + 1)
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
@@ -144,6 +143,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     averaged_over = apply.apply(model, chosen, place, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
+    # nothing draws from these yet; a checkpoint keeps them, so they begin where the seed says
+    torch.manual_seed(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
     if cfg.train.init_from:
         recognise(cfg.train.init_from)  # refused here, before anything is written
@@ -249,24 +250,20 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     reader = loader.Loader(state.sources, state.order)
     clock = metrics.Clock(state.tokens)
 
-    def share(number: int) -> tuple[int, int]:
-        place = state.place
-        each = state.order.segment(number).batch_windows // place.data_size
-        return place.data_rank * each, (place.data_rank + 1) * each
-
     asked = None
-    batches = watch.batches(state, reader, share)
+    batches = rewind.batches(state, reader, partial(rows_of, state))
     for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
+        faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
-        if watch.rewound(state):
+        if rewind.rewound(state):
             clock.read(state.tokens, reader.waited_s)
             continue
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
-        if state.step % cfg.log.every == 0 or state.step == 1 or last:
+        if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
@@ -291,6 +288,18 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     if log:
         log.close()
     return asked
+
+
+def rows_of(state: State, number: int) -> tuple[int, int]:
+    """Which windows of a step's batch this process trains on: first and end."""
+    place = state.place
+    each = state.order.segment(number).batch_windows // place.data_size
+    return place.data_rank * each, (place.data_rank + 1) * each
+
+
+def is_logged(state: State) -> bool:
+    """Whether the step just made has a row in metrics.jsonl."""
+    return state.step % state.cfg.log.every == 0 or state.step in (1, state.steps)
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -14,10 +14,8 @@ from itertools import product
 from typing import Any
 
 TOKENS, FEATURES, SEQUENCE = 16_384, 2_048, 4_096
-CANDIDATES = [
-    [M, N, warps, stages]
-    for M, N, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-]
+# M, N, warps, stages
+CANDIDATES = list(map(list, product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))))
 
 
 def fastest(

@@ -41,6 +41,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
+def expect(good: object, what: str, expected: str) -> None:
+    """Raise `UserError` unless a value is good: what it is, and what would be."""
+    if not good:
+        raise UserError(f"{what}, expected {expected}")
+
+
 @contextmanager
 def as_user_error(
     what: str, *kinds: type[BaseException], show: Callable[[Any], str] = str

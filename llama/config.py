@@ -157,6 +157,8 @@ class ParallelConfig:
         replicate: Copies of the sharded model.
         shard: Processes that share one copy (FSDP).
         tensor: Processes that share each matrix (tensor and sequence parallel).
+        async_tensor: Whether torch overlaps their collectives with products, piece by piece: for
+            tensor groups on GPUs with compiled blocks.
         context: Processes that share each sequence.
         recompute: What the backward pass computes again instead of keeping; budget mixes none,
             manual and full by block.
@@ -174,6 +176,7 @@ class ParallelConfig:
     replicate: int = 1
     shard: int = -1
     tensor: int = 1
+    async_tensor: bool = False
     context: int = 1
     recompute: Recompute = "none"
     budget: Bytes | None = None

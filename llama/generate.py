@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama import cli
-from llama.cli import UserError, show_count
+from llama.cli import UserError, expect, show_count
 from llama.convert.load import open_source
 from llama.model import KVCache, Transformer
 from tokenizer.tokenizer import Tokenizer
@@ -66,12 +66,8 @@ def generate(
     longest = new.shape[1]
     cache = [KVCache(longest + max_tokens) for _ in model.layers] if use_cache else None
     # one number per token, drawn on the CPU: the same on every device
-    draws = torch.stack(
-        [
-            torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed + i))
-            for i in range(len(prompts))
-        ]
-    ).to(device)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    draws = torch.stack([torch.rand(max_tokens, generator=each) for each in generators]).to(device)
     ended = [False] * len(prompts)
     for step in range(max_tokens):
         seen = None if doc_ids is None else doc_ids[:, : longest + step]
@@ -152,14 +148,11 @@ class Text:
             self.ended = True
             text = text[: min(found)[1]]
         elif not self.ended:
-            text = text[: len(text) - self._held(text)]
+            # what could be the beginning of a stop string
+            begun = (n for s in self.stops for n in range(1, len(s)) if text.endswith(s[:n]))
+            text = text[: len(text) - max(begun, default=0)]
         new, self.shown = text[self.shown :], max(self.shown, len(text))
         return new
-
-    def _held(self, text: str) -> int:
-        """Characters at the end of `text` that could be the beginning of a stop string."""
-        lengths = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(lengths, default=0)
 
 
 def show(steps: Iterator[list[int | None]], texts: Sequence[Text]) -> bool:
@@ -185,11 +178,10 @@ def show(steps: Iterator[list[int | None]], texts: Sequence[Text]) -> bool:
     finished = all(text.ended for text in texts)
     for i in range(len(texts)):
         add(i, None)
+    for i, output in enumerate(outputs if len(texts) > 1 else ()):
+        print(f"--- {i + 1} of {len(texts)}\n{output}")
     if len(texts) == 1:
         print()
-        return finished
-    for i, output in enumerate(outputs):
-        print(f"--- {i + 1} of {len(texts)}\n{output}")
     return finished
 
 
@@ -244,10 +236,8 @@ def answer_lines(answer: Answer, seed: int) -> None:
 
 def arguments(argv: list[str]) -> Any:
     """The options, each in its range."""
-    p = cli.parser(
-        "python -m llama.generate",
-        "Text from a checkpoint. Without --prompt, every line typed or piped in is a prompt.",
-    )
+    what = "Text from a checkpoint. Without --prompt, every line typed or piped in is a prompt."
+    p = cli.parser("python -m llama.generate", what)
     p.add_argument("run", type=str, help="A run, a checkpoint, or a folder of HF's or Meta's.")
     p.add_argument("--prompt", type=str, nargs="+", default=None, help="One or more prompts.")
     p.add_argument("--stop", type=str, nargs="+", default=[], help="Strings that end the text.")
@@ -266,8 +256,7 @@ def arguments(argv: list[str]) -> Any:
         ("top_k", a.top_k >= 0, "0 or more"),
         ("seed", 0 <= a.seed < 2**32, "0 or more"),
     ]:
-        if not good:
-            raise UserError(f"--{name} is {getattr(a, name)}, expected {expected}")
+        expect(good, f"--{name} is {getattr(a, name)}", expected)
     return a
 
 

@@ -5,11 +5,14 @@ or dark as the reader's system is. Everything that is not `Markup` is escaped.
 """
 
 import base64
+import io
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from llama.cli import UserError, expect
 
 # Cells of columns that are aligned right: 1,024; −0.3 %; 4.19M; 3 of 7; 1.2 GiB; and – for none.
 NUMBER = re.compile(r"[-+−–\d.,% ]+(of [\d,?]+|[kMGT]?i?B?)")
@@ -26,6 +29,13 @@ class Picture(NamedTuple):
     title: str
     caption: str
     png: bytes
+
+    @classmethod
+    def drawn(cls, figure: Any, title: str, caption: str) -> "Picture":
+        """Of a figure of matplotlib's, which would write its version into the file."""
+        png = io.BytesIO()
+        figure.savefig(png, dpi=150, metadata={"Software": None})
+        return cls(title, caption, png.getvalue())
 
 
 def text(value: object) -> Markup:
@@ -65,6 +75,26 @@ def figure(picture: Picture) -> Markup:
     source = f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
     image = Markup(f'<img alt="{text(picture.title)}" src="{source}">')
     return tag("figure", image, tag("figcaption", picture.caption))
+
+
+def soft(*content: object) -> Markup:
+    """A paragraph that says how to read what stands beside it."""
+    return tag("p", *content, class_="soft")
+
+
+def check_output(output: Path) -> None:
+    """Raise `UserError` for what cannot be the name of a page."""
+    good = output.suffix in (".html", ".htm") and not output.is_dir()
+    expect(good, f"--output is {output}", "a file name that ends in .html")
+
+
+def need_matplotlib() -> None:
+    """Raise `UserError` where it is missing: an extra, and only for pictures."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        hint = "the extra `report` brings it, `pip install -e '.[report]'`"
+        raise UserError(f"matplotlib cannot be imported ({error}): {hint}") from error
 
 
 def page(title: str, *parts: object) -> str:

@@ -59,6 +59,7 @@ SMALLER = [
     ("configs/quickstart.yaml", "dim: 192", "dim: 48"),
     ("configs/quickstart.yaml", "  tokens: 1M", "  tokens: 12k"),
     ("configs/quickstart.yaml", "batch_tokens: 4096", "batch_tokens: 1024"),
+    ("configs/quickstart.yaml", "  every: 100", "  every: 6"),
     ("configs/quickstart.yaml", "  tokens: 32768", "  tokens: 4096"),
     ("configs/corpus/installed.yaml", "max_bytes: 8M", "max_bytes: 1M"),
     ("configs/tokenizer.yaml", "vocab_size: 32000", "vocab_size: 8192"),

@@ -13,15 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from made_data import make_source, random_documents
 from torch import Tensor
+from torch._inductor.fx_passes import micro_pipeline_tp
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from llama import optim
 from llama.config import Config, Count, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llama.data.writer import Vocabulary
+from llama.parallel import tensor
 from llama.runtime import checkpoint, world
 
 pytestmark = pytest.mark.slow
@@ -84,9 +89,9 @@ def config(place: Path, case: Case) -> Config:
     )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+def whole(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
 
 
 def trained(cfg: Config, here: world.World, place: Path, before: Path | None) -> dict[str, Any]:
@@ -99,11 +104,11 @@ def trained(cfg: Config, here: world.World, place: Path, before: Path | None) ->
     found: dict[str, Any] = {"losses": [], "norms": [], "gradients": {}}
     if before:
         checkpoint.load(checkpoint.newest(before), state.tensors(), here)
-        found["loaded"] = {name: whole(tensor) for name, tensor in state.tensors().items()}
+        found["loaded"] = {name: whole(x) for name, x in state.tensors().items()}
         state.model.init_weights(cfg.seed)  # type: ignore[operator]
-        for name, tensor in state.tensors().items():
+        for name, moment in state.tensors().items():
             if not name.startswith("model."):
-                tensor.zero_()
+                moment.zero_()
     found["initial"] = {name: whole(p) for name, p in named.items()}
     plain_step = optim.step
 
@@ -129,7 +134,7 @@ def trained(cfg: Config, here: world.World, place: Path, before: Path | None) ->
         train.optim.step = plain_step
         reader.close()
     found["valid"] = train.validate(state)
-    found["saved"] = {name: whole(tensor) for name, tensor in state.tensors().items()}
+    found["saved"] = {name: whole(x) for name, x in state.tensors().items()}
     assert train.save(state)
     return found
 
@@ -174,8 +179,8 @@ def compare(place: Path, cases: Mapping[str, Any], size: int = 4) -> None:
     saved: dict[str, Tensor] = {}
     for found in (*everything.values(), truths[False]):
         assert found.get("loaded", {}).keys() == saved.keys()
-        for key, tensor in saved.items():
-            assert torch.equal(found["loaded"][key], tensor), key
+        for key, truth in saved.items():
+            assert torch.equal(found["loaded"][key], truth), key
         saved = found["saved"]
     for name, found in everything.items():
         truth = truths[cases[name][2].get("documents", False)]
@@ -187,9 +192,35 @@ def compare(place: Path, cases: Mapping[str, Any], size: int = 4) -> None:
         assert found["gradients"].keys() == truth["gradients"].keys(), name
         for key, gradient in found["gradients"].items():
             assert relative(gradient, truth["gradients"][key]) <= 1e-5, (name, key)
-        for key, tensor in found["saved"].items():
+        for key, weight in found["saved"].items():
             if key.startswith("model."):
-                assert relative(tensor, truth["saved"][key]) <= 1e-3, (name, key)
+                assert relative(weight, truth["saved"][key]) <= 1e-3, (name, key)
+
+
+def test_the_compiler_finds_what_async_tensor_is_to_overlap() -> None:
+    """In forward and backward: one all-gather before products, one reduce-scatter behind them."""
+    found = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        gathers = micro_pipeline_tp.find_all_gather_patterns(graph)
+        scatters = micro_pipeline_tp.find_reduce_scatter_patterns(graph)
+        found.append((len(gathers), len(scatters)))
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        group = dist.group.WORLD
+
+        def halves(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+            inside = tensor.Gather.apply(group, x) @ rows.t()
+            return tensor.ReduceScatter.apply(group, inside @ columns.t())
+
+        shapes = (2, 8, 64), (32, 64), (64, 32)
+        given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        with inductor.patch(post_grad_custom_pre_pass=look, force_disable_caches=True):
+            torch.compile(halves)(*given).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert found == [(1, 1), (1, 1)]
 
 
 @pytest.fixture

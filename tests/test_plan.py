@@ -26,6 +26,8 @@ from llama.model import Transformer
 from llama.parallel import apply, fsdp
 from llama.parallel.layout import divisors, nearest, resolve, share, with_micro_batch
 from llama.plan import dry, layouts, published, speed
+from llama.runtime.background import Saver
+from llama.runtime.guard import Guard
 
 ROOT = Path(__file__).parent.parent
 A100 = CHIPS["a100-80g"]
@@ -76,6 +78,8 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             steps=100,
             step=0,
             place=place,
+            guard=Guard(cfg.guard, SimpleNamespace(device=torch.device("cpu"), size=world)),  # type: ignore[arg-type]
+            saver=Saver(),
             averaged_over=averaged,
             micro_batch=at.micro_batch,
             window=torch.zeros(1, 2, dtype=torch.float64),
@@ -256,6 +260,12 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
             "2048 windows .* = 3000: train.batch_tokens 6144000 would, or replicate x shard 2048",
         ),
         ({"tensor": 3, "shard": 1}, 8, "parallel.tensor x context 2 or 4 would"),
+        ({"async_tensor": True, "shard": 8}, 8, "parallel.async_tensor with parallel.tensor 1"),
+        (
+            {"async_tensor": True, "tensor": 2, "shard": 4, "recompute": "manual"},
+            8,
+            "needs tensor groups on GPUs and compiled blocks",
+        ),
     ],
 )
 def test_what_does_not_divide_is_named_with_what_would(

@@ -38,6 +38,7 @@ RANKS = [
     ("llama.trace", 3),
     ("llama.__main__", 3),
     ("train", 4),
+    ("llama.verify", 5),
     ("benchmarks", 5),
 ]
 OURS = ("llama", "kernels", "tokenizer", "train", "benchmarks")

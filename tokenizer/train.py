@@ -300,10 +300,8 @@ def _plan(
 
 def parse(argv: list[str]) -> Options:
     """The options, each in its range."""
-    p = cli.parser(
-        "python -m tokenizer.train",
-        "Train a SentencePiece tokenizer on documents, source by source.",
-    )
+    what = "Train a SentencePiece tokenizer on documents, source by source."
+    p = cli.parser("python -m tokenizer.train", what)
     p.add_argument("--config", action="config", help="YAML file of these options")
     p.add_class_arguments(Options)
     given = p.parse_args(argv)

@@ -7,6 +7,7 @@ with i + D/2, so the rows of both matrices lie in another order there.
 """
 
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,20 +16,7 @@ from llama.config import ModelConfig
 from llama.model import Transformer
 
 # ours and Meta's, Hugging Face's, GGUF's; {} is the number of a block
-TABLE = (
-    ("tok_embeddings", "model.embed_tokens", "token_embd"),
-    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
-    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
-    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
-    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
-    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
-    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
-    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
-    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
-    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
-    ("norm", "model.norm", "output_norm"),
-    ("output", "lm_head", "output"),
-)
+TABLE = [line.split() for line in Path(__file__).with_suffix(".txt").read_text().splitlines()]
 
 
 def hf(name: str) -> str:

@@ -10,27 +10,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llama import cli
-from llama.cli import UserError
+from llama.cli import UserError, expect, parser
 from llama.corpus import executors, shuffle
 
-# Name of a step -> its class, a dataclass of its options.
-STEPS = {
-    "containment": "llama.corpus.steps.containment.Containment",
-    "decontaminate": "llama.corpus.steps.decontaminate.Decontaminate",
-    "exact": "llama.corpus.steps.exact.Exact",
-    "lines": "llama.corpus.steps.lines.Lines",
-    "minhash": "llama.corpus.steps.minhash.MinHash",
-    "personal": "llama.corpus.steps.personal.Personal",
-}
+# Name of a step, which is that of its module -> its class, a dataclass of its options.
+_CLASSES = "Containment Decontaminate Exact Lines MinHash Personal".split()
+STEPS = {name.lower(): name for name in _CLASSES}
 
 
 def step_class(name: str) -> Any:
     """The class of a step."""
-    if name not in STEPS:
-        raise UserError(f"step is {name!r}, expected one of {', '.join(STEPS)}")
-    module, _, member = STEPS[name].rpartition(".")
-    return getattr(import_module(module), member)
+    expect(name in STEPS, f"step is {name!r}", f"one of {', '.join(STEPS)}")
+    return getattr(import_module(f"llama.corpus.steps.{name}"), STEPS[name])
 
 
 def options_of(step: Any) -> list[str]:
@@ -43,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     place = list(argv).index("--step") + 1 if "--step" in argv else 0
     name = argv[place] if 0 < place < len(argv) else "exact"
     step = step_class(name)
-    p = cli.parser("python -m llama.corpus dedup", f"{step.__doc__}")
+    p = parser("python -m llama.corpus dedup", f"{step.__doc__}")
     p.add_argument("--step", default=name, help="One of " + ", ".join(STEPS) + ".")
     p.add_argument("--input", nargs="+", required=True, help="Folders of documents, best first.")
     p.add_argument("--output", required=True, help="Folder in which each gets its own.")
@@ -52,8 +43,7 @@ def main(argv: Sequence[str]) -> None:
     p.add_class_arguments(step)
     values = p.parse_args(list(argv))
     executor = executors.from_arguments(values)
-    if values.partitions < 0:
-        raise UserError(f"--partitions is {values.partitions}, expected 0 or more")
+    expect(values.partitions >= 0, f"--partitions is {values.partitions}", "0 or more")
     inputs = [Path(path).resolve() for path in values.input]
     outputs = [Path(values.output) / path.name for path in inputs]
     for path in inputs:

@@ -7,7 +7,7 @@ bytes depend on input and options alone.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,16 +102,12 @@ class Summary:
         return "\n".join(lines)
 
 
-def _row(groups: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
-    documents, n_bytes = groups["documents"], groups["bytes"]
-    return (
-        f"{groups['files']['read']:,}",
-        cli.show_bytes(groups["files"]["bytes"]),
-        f"{documents.get('in', 0):,}",
-        cli.show_bytes(n_bytes.get("in", 0)),
-        f"{documents.get('out', 0):,}",
-        cli.show_bytes(n_bytes.get("out", 0)),
-    )
+def _row(groups: Mapping[str, Mapping[str, int]]) -> list[str]:
+    files, documents, n_bytes = groups["files"], groups["documents"], groups["bytes"]
+    row = [f"{files['read']:,}", cli.show_bytes(files["bytes"])]
+    for way in ("in", "out"):
+        row += [f"{documents.get(way, 0):,}", cli.show_bytes(n_bytes.get(way, 0))]
+    return row
 
 
 def left_out_by_reason(left_out: Sequence[LeftOut]) -> dict[str, dict[str, Any]]:
@@ -155,7 +151,7 @@ def stage(
     """A recipe as a stage of the runner."""
     work = Work(plan.read, tuple(steps), Path(output), deadline_s)
     jobs = [Job(u) for u in plan.units]
-    limit = _Limit(max_quarantined, {job.name: job.cost for job in jobs})
+    limit = _limit(max_quarantined, {job.name: job.cost for job in jobs})
     label, folder = f"corpus {plan.recipe}", Path(output)
     return Stage(label, folder, plan.header(), jobs, work, limit, inputs=_inputs)
 
@@ -178,22 +174,17 @@ def conclude(
     return summary
 
 
-class _Limit:
+def _limit(max_quarantined: float, cost: Mapping[str, int]) -> Callable[[Record], bool]:
     """Says to stop once the quarantine will pass its limit even if all that is left is good."""
+    total, done = sum(cost.values()), Counter[str]()
 
-    def __init__(self, max_quarantined: float, cost: Mapping[str, int]) -> None:
-        self.max_quarantined, self.cost, self.left = max_quarantined, cost, sum(cost.values())
-        self.documents = self.quarantined = 0
+    def watch(record: Record) -> bool:
+        read, quarantined = _sum(record, "documents", "in"), _sum(record, "quarantined")
+        done.update(cost=cost[record["unit"]], documents=read, quarantined=quarantined)
+        certain = done["quarantined"] * done["cost"] > max_quarantined * done["documents"] * total
+        return certain and done["documents"] > ENOUGH_DOCUMENTS
 
-    def __call__(self, record: Record) -> bool:
-        self.left -= self.cost[record["unit"]]
-        self.documents += _sum(record, "documents", "in")
-        self.quarantined += _sum(record, "quarantined")
-        total = sum(self.cost.values())
-        certain = (
-            self.quarantined * (total - self.left) > self.max_quarantined * self.documents * total
-        )
-        return certain and self.documents > ENOUGH_DOCUMENTS
+    return watch
 
 
 def _sum(record: Record, group: str, name: str | None = None) -> int:
@@ -229,11 +220,8 @@ def _write_quarantine(summary: Summary) -> None:
 
 
 def _write_stats(summary: Summary, plan: Plan, hash: str) -> None:
-    outputs = []
-    for done in summary.units:
-        known = done["files"][done["unit"]]
-        known = {"bytes": known["bytes"], "sha256": known["sha256"]}
-        outputs.append({"name": done["unit"], **known})
+    made = ((done["unit"], done["files"][done["unit"]]) for done in summary.units)
+    outputs = [{"name": n, "bytes": s["bytes"], "sha256": s["sha256"]} for n, s in made]
     files.write_json(
         summary.output / STATS,
         {

@@ -26,19 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from llama import cli, files
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.corpus import pool
 
 KINDS = ("local", "datatrove", "slurm", "ray")
 POLL_S = 1.0
 WAVES = ".wave-*"
-_CLASSES = {
-    "datatrove": "LocalPipelineExecutor",
-    "slurm": "SlurmPipelineExecutor",
-    "ray": "RayPipelineExecutor",
-}
+_CLASSES = {"datatrove": "Local", "slurm": "Slurm", "ray": "Ray"}
 # Arguments of datatrove's executors that are not the user's business.
 _OURS = set("self pipeline tasks workers logging_dir depends skip_completed job_name".split())
+
+# A folder and a job for it, and what does jobs.
+Given = tuple[str, Any]
+Work = Callable[[Any, pool.At], Any]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Executor:
 
     def check(self) -> None:
         """Whether all it needs is there, before anything is run."""
-        if self.workers < 1:
-            raise UserError(f"workers is {self.workers}, expected 1 or more")
+        expect(self.workers >= 1, f"workers is {self.workers}", "1 or more")
         if self.kind == "local":
             if self.options:
                 raise UserError("--cluster has no effect with --executor local")
@@ -87,9 +86,7 @@ class Executor:
                     time.sleep(POLL_S)
             shutil.rmtree(wave)
 
-    def answers(
-        self, work: Callable[[Any, pool.At], Any], jobs: deque[tuple[str, Any]]
-    ) -> Iterator[tuple[tuple[str, Any], Any]]:
+    def answers(self, work: Work, jobs: deque[Given]) -> Iterator[tuple[Given, Any]]:
         """Each job with what came of it; the caller may put one back, or clear `jobs` to stop."""
         if self.kind == "local":
             yield from pool.answers(work, jobs, self.workers)
@@ -99,9 +96,7 @@ class Executor:
             jobs.clear()
             yield from self._wave(work, tasks)
 
-    def _wave(
-        self, work: Callable[[Any, pool.At], Any], tasks: list[tuple[str, Any]]
-    ) -> Iterator[tuple[tuple[str, Any], Any]]:
+    def _wave(self, work: Work, tasks: list[Given]) -> Iterator[tuple[Given, Any]]:
         """All the jobs at once as tasks of one datatrove executor."""
         name = uuid.uuid4().hex[:8]
         wave = Path(tasks[0][0]).resolve() / f".wave-{name}"
@@ -173,7 +168,7 @@ def _class(kind: str) -> Any:
     # imported here: an extra, and slow
     import datatrove.executor
 
-    return getattr(datatrove.executor, _CLASSES[kind])
+    return getattr(datatrove.executor, f"{_CLASSES[kind]}PipelineExecutor")
 
 
 def _run(executor: Any) -> None:
@@ -205,13 +200,8 @@ def add_arguments(p: cli.Parser) -> None:
     """--workers, --executor and --cluster."""
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Jobs at a time.")
     p.add_argument("--executor", default="local", choices=KINDS, help="Where they run.")
-    p.add_argument(
-        "--cluster",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="Arguments of datatrove's executor, as in partition=cpu time=20:00:00.",
-    )
+    what = "Arguments of datatrove's executor, as in partition=cpu time=20:00:00."
+    p.add_argument("--cluster", nargs="+", default=[], metavar="KEY=VALUE", help=what)
 
 
 def from_arguments(values: Any) -> Executor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.recfunctions import repack_fields
 from numpy.typing import NDArray
 
 from llama import files
@@ -37,6 +38,28 @@ def read_groups(path: Path, dtype: np.dtype[Any], n: int, group: int | None = No
         file.seek((n + 1) * 8 + begin * dtype.itemsize)
         data = file.read((end - begin) * dtype.itemsize)
     return np.frombuffer(data, dtype)
+
+
+def table(dtype: np.dtype[Any], **columns: Any) -> Rows:
+    """Rows with these columns, the first of which tells how many, and 0 in the others."""
+    rows = np.zeros(len(next(iter(columns.values()))), dtype)
+    for name, values in columns.items():
+        rows[name] = values
+    return rows
+
+
+def narrowed(rows: Rows, dtype: np.dtype[Any]) -> Rows:
+    """Rows with the fields of the type alone."""
+    return repack_fields(rows[list(dtype.names or ())])
+
+
+def repeats(rows: Rows, *fields: str) -> NDArray[np.bool_]:
+    """Which rows have the fields of the row before."""
+    same = np.ones(len(rows), bool)
+    same[:1] = False
+    for field in fields:
+        same[1:] &= rows[field][1:] == rows[field][:-1]
+    return same
 
 
 def sorted_by_key(records: Rows) -> Rows:

@@ -13,13 +13,14 @@ import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import orjson
 
 from llama import config
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.corpus.document import Item
 
 # Of the rule that makes units: another version on an unfinished output folder is another plan.
@@ -29,6 +30,8 @@ FILE_COST_BYTES = 4096
 # Text compresses about three times; guessed by name, since a unit must be known before it is read.
 EXPANSION = dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet"), 3)
 SCAN_BYTES = 1 << 20
+
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -95,22 +98,20 @@ def header(
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What has changed between two plan headers, one phrase a change, input files summed up."""
-    found = config.differences(
-        {key: old.get(key) for key in ("version", "recipe", "options")},
-        {key: new.get(key) for key in ("version", "recipe", "options")},
-    )
+    keys = "version", "recipe", "options"
+    a, b = ({key: each.get(key) for key in keys} for each in (old, new))
+    found = config.differences(a, b)
     before, after = old.get("inputs", {}), new.get("inputs", {})
-    resized = {n: f"{before[n]} -> {after[n]}" for n in before if n in after}
+    both = [name for name in before if name in after and before[name] != after[name]]
     changes = {
-        "added": {name: "" for name in after if name not in before},
-        "gone": {name: "" for name in before if name not in after},
-        "changed": {n: s for n, s in resized.items() if before[n] != after[n]},
+        "added": [name for name in after if name not in before],
+        "gone": [name for name in before if name not in after],
+        "changed": [f"{name} {before[name]} -> {after[name]}" for name in both],
     }
     for what, names in changes.items():
         if names:
-            shown = [f"{name} {size}".strip() for name, size in list(names.items())[:3]]
             more = ", ..." if len(names) > 3 else ""
-            found.append(f"inputs {what}: {len(names)} ({', '.join(shown)}{more})")
+            found.append(f"inputs {what}: {len(names)} ({', '.join(names[:3])}{more})")
     return found
 
 
@@ -188,21 +189,28 @@ def printable(name: str) -> str:
 
 def group(pieces: Iterable[Piece], unit_bytes: int, cut: Sequence[str] = ()) -> tuple[Unit, ...]:
     """Units of about `unit_bytes` of text; files of the formats in `cut` hold a record a line."""
-    if unit_bytes < 1:
-        raise UserError(f"unit_bytes is {unit_bytes}, expected more than 0")
-    groups: list[list[Piece]] = []
-    room = 0
-    for whole in pieces:
-        parts = _cut(whole, unit_bytes) if whole.format in cut else [whole]
-        for piece in parts:
-            cost = piece.size * EXPANSION.get(Path(piece.path).suffix, 1) + FILE_COST_BYTES
-            if cost > room:
-                groups.append([])
-                room = unit_bytes
-            groups[-1].append(piece)
-            room -= cost
+    expect(unit_bytes >= 1, f"unit_bytes is {unit_bytes}", "more than 0")
+    parts = (_cut(piece, unit_bytes) if piece.format in cut else [piece] for piece in pieces)
+    groups = packed(chain.from_iterable(parts), _cost, unit_bytes)
     width = max(5, len(str(len(groups))))
     return tuple(Unit(f"{i:0{width}}.jsonl.zst", tuple(g)) for i, g in enumerate(groups))
+
+
+def _cost(piece: Piece) -> int:
+    return piece.size * EXPANSION.get(Path(piece.path).suffix, 1) + FILE_COST_BYTES
+
+
+def packed(items: Iterable[T], cost: Callable[[T], float], size: int) -> list[list[T]]:
+    """Items in their order, in groups that cost about `size`; what costs more is alone."""
+    groups: list[list[T]] = []
+    room = 0.0
+    for item in items:
+        if not groups or cost(item) > room:
+            groups.append([])
+            room = size
+        groups[-1].append(item)
+        room -= cost(item)
+    return groups
 
 
 def _cut(piece: Piece, unit_bytes: int) -> list[Piece]:

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from llama import cli
-from llama.cli import UserError
+from llama.cli import UserError, expect, parser
 from llama.corpus import engine, executors, shuffle
 from llama.corpus.executors import Executor
 from llama.corpus.plan import Plan
@@ -77,17 +76,13 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
     """(recipe, its options, all values) of a command line; what is to be read may not be there."""
     name = _recipe(argv)
     recipe = _load(name)
-    p = cli.parser("python -m llama.corpus run", f"Recipe {name}: raw text to documents.")
+    p = parser("python -m llama.corpus run", f"Recipe {name}: raw text to documents.")
     p.add_argument("--config", action="config", help="YAML file of the recipe.")
     p.add_argument("--recipe", default=name, help="Its name.")
     p.add_argument("--input", nargs="+", default=[], help="Files, or folders that are searched.")
     p.add_argument("--output", required=True, help="Folder of the documents.")
-    p.add_argument(
-        "--max_quarantined",
-        type=float,
-        default=0.01,
-        help="Share of documents that may be unusable before the run is refused.",
-    )
+    what = "Share of documents that may be unusable before the run is refused."
+    p.add_argument("--max_quarantined", type=float, default=0.01, help=what)
     executors.add_arguments(p)
     p.add_class_arguments(recipe.Options)
     values = p.parse_args(argv)
@@ -98,8 +93,8 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
         raise UserError(
             f"source is {options.source!r}, expected letters, digits, '.', '_', '+' and '-' only"
         )
-    if not 0 <= values.max_quarantined <= 1:
-        raise UserError(f"max_quarantined is {values.max_quarantined}, expected 0 to 1")
+    share = values.max_quarantined
+    expect(0 <= share <= 1, f"max_quarantined is {share}", "0 to 1")
     return recipe, options, values
 
 

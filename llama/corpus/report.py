@@ -6,7 +6,6 @@ source. The counts are those of the run; languages, licences and tokens are coun
 that are left, or in so much of each source as --read says. Sources stand beside Table 1 (§2.1).
 """
 
-import io
 import platform
 import re
 import zlib
@@ -22,7 +21,7 @@ from llama import cli, files, html
 from llama.cli import UserError, show_bytes, show_count
 from llama.corpus import lineage
 from llama.corpus.lineage import READING, SAMPLES, Stage
-from llama.html import Markup, Picture, tag
+from llama.html import Picture, soft, tag
 from tokenizer.tokenizer import Tokenizer
 
 BILL = "bill_of_materials.json"
@@ -54,8 +53,7 @@ def main(argv: Sequence[str]) -> None:
     p.add_argument("--read", type=cli.count, default="256M", help="Bytes read of each source.")
     a = p.parse_args(list(argv))
     clean, output = Path(a.clean), Path(a.output)
-    if output.suffix not in (".html", ".htm") or output.is_dir():
-        raise UserError(f"--output is {output}, expected a file name that ends in .html")
+    html.check_output(output)
     found = lineage.sources(clean)
     with cli.as_user_error("--tokenizer", ValueError):
         model = Path(a.tokenizer, "tokenizer.model")
@@ -136,12 +134,10 @@ def is_duplicate(reason: str) -> bool:
 
 def _draw(entries: Mapping[str, Entry], perplexities: Sequence[Any]) -> dict[str, Picture]:
     """Shares of the tokens beside the paper's, and perplexities where they are known."""
-    try:
-        # imported here: an extra, and only for pictures
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        hint = "the extra `report` brings it, `pip install -e '.[report]'`"
-        raise UserError(f"matplotlib cannot be imported ({error}): {hint}") from error
+    html.need_matplotlib()
+    # imported here: an extra, and only for pictures
+    from matplotlib.figure import Figure
+
     shares = _shares(entries)[::-1]
     names, places = [name for name, *_ in shares], range(len(shares))
     figure = Figure((11, 1 + 0.4 * len(names)), layout="constrained")
@@ -172,10 +168,7 @@ def _draw(entries: Mapping[str, Entry], perplexities: Sequence[Any]) -> dict[str
     for name, (figure, title, caption) in drawn.items():
         figure.gca().spines[["top", "right"]].set_visible(False)
         figure.gca().legend(frameon=False)
-        png = io.BytesIO()
-        # matplotlib would write its version into the file
-        figure.savefig(png, dpi=150, metadata={"Software": None})
-        pictures[name] = Picture(title, caption, png.getvalue())
+        pictures[name] = Picture.drawn(figure, title, caption)
     return pictures
 
 
@@ -194,7 +187,7 @@ def page(
 ) -> str:
     """The whole file."""
     entries: dict[str, Entry] = bill["sources"]
-    parts: list[object] = [_soft("Documents in ", tag("code", clean))]
+    parts: list[object] = [soft("Documents in ", tag("code", clean))]
     if begun := lineage.unfinished(clean):
         parts.append(tag("p", f"Not finished, and not counted here: {', '.join(begun)}."))
     header = "source, input files, on disk, documents, text, kept, text kept, quarantined"
@@ -203,15 +196,15 @@ def page(
     header = "source, tokens, share, share in the paper, its epochs, its text"
     rows = (_tokens(entries, *line) for line in _shares(entries))
     parts += [*_section(pictures["shares"].title, header, rows), html.figure(pictures["shares"])]
-    parts += [_soft(f"Tokens are {how}. The paper's epochs are those of 1.4T tokens.")]
-    parts += [tag("h2", "Steps"), _soft("What reading has found, then what each step passes on.")]
+    parts += [soft(f"Tokens are {how}. The paper's epochs are those of 1.4T tokens.")]
+    parts += [tag("h2", "Steps"), soft("What reading has found, then what each step passes on.")]
     for name, entry in entries.items():
         lines = ((s["step"], s["documents"], s["bytes"], s["ended"]) for s in entry["steps"])
         rows = ((step, n, show_bytes(size), _listed(why)) for step, n, size, why in lines)
         parts += _section(name, "step, documents, text, ended here", rows, "h3")
         left = {why: found["files"] for why, found in entry["left_out"].items()}
         for what, counted in (("Files left out", left), ("Noted", entry["noted"])):
-            parts += [_soft(f"{what}: {_listed(counted)}")] * bool(counted)
+            parts += [soft(f"{what}: {_listed(counted)}")] * bool(counted)
     ended = ((n, e, reason) for n, e in entries.items() for reason in e["dropped"])
     rows = (
         (
@@ -244,16 +237,12 @@ def page(
     parts += _section("Bill of materials", "source, input, bytes, sha256", rows)
     note = f"The first {INPUTS} of each source, as the run has read them; all of them, "
     note += f"options and outputs are in {BILL}. "
-    return html.page("Corpus", *parts, _soft(note, f"Page by {_listed(bill['versions'])}."))
+    return html.page("Corpus", *parts, soft(note, f"Page by {_listed(bill['versions'])}."))
 
 
 def _section(title: str, header: str, rows: Iterable[Sequence[object]], level: str = "h2") -> Any:
     lines = list(rows)
     return tag(level, title), html.table(header.split(", "), lines) if lines else tag("p", "None.")
-
-
-def _soft(*content: object) -> Markup:
-    return tag("p", *content, class_="soft")
 
 
 def _listed(values: Mapping[str, object]) -> str:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from llama import cli
-from llama.cli import UserError
+from llama.cli import Progress, UserError
 from llama.corpus.executors import Executor
 from llama.corpus.journal import Journal, Record, intact, opened, stamp
 from llama.corpus.pool import At, Died
@@ -106,16 +106,12 @@ def check_inputs(folder: Path, read: Sequence[tuple[Record, Mapping[str, Path]]]
         )
 
 
-class _Works:
-    """The work of every stage in one worker; a job comes with the folder of its stage."""
-
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self.works = {str(stage.folder): (stage.work, stage.inputs) for stage in stages}
-
-    def __call__(self, given: tuple[str, Job], at: At) -> Record:
-        folder, job = given
-        work, inputs = self.works[folder]
-        return work(job, at) | {"inputs": dict(_hashed(inputs(job)))}
+def _work(works: Mapping[str, tuple[Any, Any]], given: tuple[str, Job], at: At) -> Record:
+    """A job, by the work of its stage: it comes with the folder of that."""
+    folder, job = given
+    work, inputs = works[folder]
+    done: Record = work(job, at) | {"inputs": dict(_hashed(inputs(job)))}
+    return done
 
 
 def _hashed(paths: Mapping[str, Path]) -> Iterator[tuple[str, Record]]:
@@ -171,9 +167,10 @@ def _stopped(
     done = sum(job.cost for s, j in by_folder.values() for job in s.jobs if job.name in j.finished)
     failed: dict[str, str] = {}
     stop = any([s.watch(record) for s, j in by_folder.values() for record in j.finished.values()])
-    with cli.Progress(stages[0].label, done + cost, "bytes") as progress:
+    works = {str(stage.folder): (stage.work, stage.inputs) for stage in stages}
+    with Progress(stages[0].label, done + cost, "bytes") as progress:
         progress.update(done)
-        for (folder, job), answer in executor.answers(_Works(stages), jobs):
+        for (folder, job), answer in executor.answers(partial(_work, works), jobs):
             stage, journal = by_folder[folder]
             if isinstance(answer, dict):
                 journal.write(answer)

@@ -5,8 +5,6 @@ written anew: documents get BOS and EOS where they lack them, a validation split
 ``<file name>:<document number>``, and the order of that hash.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,17 +15,9 @@ from numpy.typing import NDArray
 from llama import cli
 from llama.cli import UserError
 from llama.corpus.journal import only_one
+from llama.data import writer
 from llama.data.indexed import Index, check_ids, read_index
-from llama.data.writer import (
-    SPLITS,
-    VALID_PER_10K,
-    ShardWriter,
-    Vocabulary,
-    check_options,
-    open_tokenizer,
-    place_tokenizer,
-    write_manifest,
-)
+from llama.data.writer import SPLITS, ShardWriter, Vocabulary
 
 SCANNED_AT_ONCE = 1 << 24
 
@@ -52,33 +42,35 @@ def adopt(
     prefix: Path, tokenizer: str, output: Path, valid_per_10k: int, shard_tokens: int
 ) -> Counter[str]:
     """Rewrite ``prefix.bin`` and ``prefix.idx``; returns counts of what was read and changed."""
-    model, _, vocabulary = open_tokenizer(tokenizer)
+    model, _, vocabulary = writer.open_tokenizer(tokenizer)
     index, path = open_pair(prefix, vocabulary.vocab_size)
     if (output / "train" / "manifest.json").exists():
         raise UserError(f"{output} is a finished source: remove it or choose another --output")
     counts = Counter({"documents": len(index.starts) - 1})
     shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     with only_one(output):
-        place_tokenizer(model, output.parent)
+        writer.place_tokenizer(model, output.parent)
         # a document belongs to the shard in whose share of the tokens it begins
         units = index.starts[:-1] // shard_tokens
         for unit in np.unique(units).tolist():
-            with ShardWriter(output, f"{unit:05d}", vocabulary, valid_per_10k) as writer:
+            with ShardWriter(output, f"{unit:05d}", vocabulary, valid_per_10k) as made:
                 for document in np.flatnonzero(units == unit).tolist():
                     first, end = index.starts[document : document + 2].tolist()
                     tokens = _read(path, index, first, end - first)
                     if len(tokens):
                         tokens = _wrapped(tokens, vocabulary, counts)
-                        writer.add(f"{prefix.name}:{document}", tokens, 0)
+                        made.add(f"{prefix.name}:{document}", tokens, 0)
                     else:
                         counts["empty"] += 1
-                for split, shard in writer.finish().items():
+                for split, shard in made.finish().items():
                     shards[split] += [shard] if shard else []
         if not shards["train"]:
             raise UserError(f"{path}: its {counts['documents']} documents leave none to train on")
         for split in reversed(SPLITS):
             (output / split).mkdir(exist_ok=True)
-            write_manifest(output, split, vocabulary, shards[split], {"adopted": dict(counts)})
+            writer.write_manifest(
+                output, split, vocabulary, shards[split], {"adopted": dict(counts)}
+            )
     return counts
 
 
@@ -96,10 +88,12 @@ def main(argv: list[str]) -> None:
     p.add_argument("--input", type=str, required=True, help="the files without .bin and .idx")
     p.add_argument("--tokenizer", type=str, required=True, help="folder of tokenizer.model")
     p.add_argument("--output", type=str, required=True, help="the source's folder in tokens/")
-    p.add_argument("--valid_per_10k", type=int, default=VALID_PER_10K, help="held-out documents")
+    p.add_argument(
+        "--valid_per_10k", type=int, default=writer.VALID_PER_10K, help="held-out documents"
+    )
     p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
     args = p.parse_args(argv)
-    check_options(args.valid_per_10k, args.shard_tokens)
+    writer.check_options(args.valid_per_10k, args.shard_tokens)
     prefix, output, tokens = Path(args.input), Path(args.output), cli.count(args.shard_tokens)
     counts = adopt(prefix, args.tokenizer, output, args.valid_per_10k, tokens)
     print(f"{counts['documents']} documents, {counts['empty']} of them empty and left out")

@@ -4,8 +4,6 @@ In: lengths of documents, or an ``.idx`` made here or by Megatron-LM. Out: an in
 numbers checked against one another and against the size of the file. The data of §2.1.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 from collections.abc import Iterable
@@ -25,12 +23,8 @@ Dtype = np.dtype[Any]
 
 DTYPES: dict[int, Dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 # What an index made elsewhere may hold besides; adoption rewrites it.
-FOREIGN_DTYPES: dict[int, Dtype] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    5: np.dtype("<i8"),
-}
+_FOREIGN = {1: "u1", 2: "i1", 3: "<i2", 5: "<i8"}
+FOREIGN_DTYPES: dict[int, Dtype] = {code: np.dtype(name) for code, name in _FOREIGN.items()}
 MAX_SEQUENCE = 2**31 - 1  # the layout counts the tokens of a sequence in int32
 # Files of a shard and the keys of their hashes in the manifest. Beyond Megatron's two: ids in the
 # order of the documents, and the sorted hashes of these ids.

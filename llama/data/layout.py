@@ -4,8 +4,6 @@ In: mixture weights (Table 1 of §2.1), or indices with a size and a key. Out: i
 table that says which source each slot draws, and the images of indices under keyed permutations.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Mapping

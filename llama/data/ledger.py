@@ -5,8 +5,6 @@ know this: it is the data order (llama.data.order) asked forwards and backwards.
 steps as metrics.jsonl does, from 1; the functions count like the order, from 0. The data of §2.1.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -201,8 +199,8 @@ def newest_order(run: Path, cfg: config.Config) -> tuple[Order, int] | None:
     state = files.read_json(path)
     kinds = KeyError, TypeError, ValueError, AssertionError
     with cli.as_user_error(f"{path} is not what train.py writes", *kinds, show=repr):
-        segments = schedule.segments(state, schedule.rewinds(run))
-        return Order(cfg.seed, from_json(segments)), int(state["step"])
+        segments, step = schedule.goes_on(state, schedule.rewinds(run))
+        return Order(cfg.seed, from_json(segments)), step
 
 
 def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:

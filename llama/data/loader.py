@@ -5,8 +5,6 @@ all but one, and the source of each row. Also the helpers for documents inside a
 packs them without masking, the loss and attention can be told to respect their borders.
 """
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

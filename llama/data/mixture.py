@@ -67,9 +67,8 @@ def parse_counts(text: str) -> dict[str, int]:
 def main(argv: list[str]) -> None:
     """The table of a configuration, with its shards or with counts in their place."""
     p = config.parser("python -m llama.data.mixture")
-    p.add_argument(
-        "--source_tokens", type=str, help="commoncrawl=878B,c4=175B,... in place of shards"
-    )
+    what = "commoncrawl=878B,c4=175B,... in place of shards"
+    p.add_argument("--source_tokens", type=str, help=what)
     args, cfg = p.parse_args(argv), config.load(argv, p)
     weights = cfg.data.mixture
     assert isinstance(weights, dict)

@@ -6,8 +6,6 @@ workers do not enter, so resuming is setting the step. The weights are Table 1 o
 drawn epoch by epoch, every window once per epoch, each epoch in an order of its own.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -132,7 +130,7 @@ class Order:
         seq_len: int,
         weights: Mapping[str, int],
         windows: Mapping[str, int],
-    ) -> Order:
+    ) -> "Order":
         """The order of a new run; ``weights`` from ``integer_weights``."""
         sizes, starts = {name: windows[name] for name in weights}, dict.fromkeys(weights, (0, 0))
         first = Segment(0, 0, batch_windows, seq_len, dict(weights), sizes, starts)
@@ -210,7 +208,7 @@ class Order:
         skipped: Iterable[tuple[int, int]] = (),
         restart: Collection[str] = (),
         **changes: Any,
-    ) -> tuple[Order, dict[str, int]]:
+    ) -> "tuple[Order, dict[str, int]]":
         """The order with a segment from ``first_step`` on, and the windows it leaves unread.
 
         ``changes`` are its batch_windows, seq_len, weights and windows; what is not given stays.

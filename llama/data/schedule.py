@@ -49,16 +49,18 @@ def skip(cfg: Config, order: Order, first: int, end: int) -> Order:
 
 
 def rewinds(run: Path) -> list[dict[str, Any]]:
-    """Every rewind that a run has decided on, in order; see llama/runtime/watch.py."""
+    """Every rewind that a run has decided on, in order; see llama/runtime/rewind.py."""
     path = run / REWINDS
     return list(files.read_json(path)) if path.exists() else []
 
 
-def segments(saved: dict[str, Any], rewinds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The segments that a run goes on with from a checkpoint older than a rewind, or not."""
-    older = rewinds and saved.get("branch", 0) < rewinds[-1]["branch"]
-    found: list[dict[str, Any]] = (rewinds[-1] if older else saved)["segments"]
-    return found
+def goes_on(
+    saved: dict[str, Any], rewinds: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """(segments, step) that a run goes on with from a checkpoint's state, maybe not yet rewound."""
+    if rewinds and saved.get("branch", 0) < rewinds[-1]["branch"]:
+        return rewinds[-1]["segments"], min(int(saved["step"]), rewinds[-1]["to"])
+    return saved["segments"], int(saved["step"])
 
 
 def _phases(cfg: Config) -> list[tuple[int, int]]:

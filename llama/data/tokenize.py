@@ -8,8 +8,6 @@ A unit is a group of input files and becomes one shard; each source is a stage o
 runner. The manifests come last.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,26 +20,17 @@ import numpy as np
 import orjson
 
 from llama import cli, files
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.corpus import executors, runner
 from llama.corpus.executors import Executor
 from llama.corpus.journal import NAME as JOURNAL
 from llama.corpus.journal import Record, only_one, stamp
-from llama.corpus.plan import header
+from llama.corpus.plan import header, packed
 from llama.corpus.pool import At
 from llama.corpus.runner import Stage, Task, check_inputs
+from llama.data import writer
 from llama.data.indexed import SUFFIXES
-from llama.data.writer import (
-    SPLITS,
-    VALID_PER_10K,
-    ShardWriter,
-    Vocabulary,
-    check_options,
-    id_hash,
-    open_tokenizer,
-    place_tokenizer,
-    write_manifest,
-)
+from llama.data.writer import SPLITS, ShardWriter, Vocabulary, id_hash
 from tokenizer.tokenizer import Tokenizer
 
 # Bytes of a documents file per token, roughly; only the size of a shard follows from it.
@@ -76,22 +65,15 @@ def source_names(documents: Path) -> list[str]:
 
 def plan_units(folder: Path, shard_tokens: int) -> list[Task]:
     """Input files of a source, sorted, in groups of about ``shard_tokens`` tokens."""
-    groups: list[list[tuple[str, int]]] = []
-    room = 0.0
-    found = {path.relative_to(folder).as_posix(): path for path in files.document_files(folder)}
-    for name, path in sorted(found.items()):
-        if name.startswith("."):
-            continue
-        size = path.stat().st_size
-        guess = size / BYTES_PER_TOKEN[path.suffix]
-        if not groups or guess > room:
-            groups.append([])
-            room = shard_tokens
-        groups[-1].append((name, size))
-        room -= guess
+    paths = files.document_files(folder)
+    found = sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
+
+    def tokens(file: tuple[str, int]) -> float:
+        return file[1] / BYTES_PER_TOKEN[Path(file[0]).suffix]
+
     return [
         Task(f"{i:05d}", sum(size for _, size in group), Inputs(tuple(group)))
-        for i, group in enumerate(groups)
+        for i, group in enumerate(packed(found, tokens, shard_tokens))
     ]
 
 
@@ -136,26 +118,22 @@ class Source:
         tokenizer = _load(self.model)
         bos, eos = np.array([[tokenizer.bos_id], [tokenizer.eos_id]], self.vocabulary.dtype)
         replaced_before = tokenizer.replaced_chars
-        with ShardWriter(self.tokens, unit.name, self.vocabulary, self.valid_per_10k) as writer:
+        with ShardWriter(self.tokens, unit.name, self.vocabulary, self.valid_per_10k) as made:
             for name, _ in unit.what.files:
                 for number, line in enumerate(files.read_lines(self.documents / name), 1):
                     read += 1
-                    document = parse(line)
-                    if isinstance(document, str):
-                        reason = document
-                    elif writer.has(document[0]) or id_hash(document[0]) in unit.what.left_out:
+                    id, text, reason = parse(line)
+                    if not reason and (made.has(id) or id_hash(id) in unit.what.left_out):
                         reason = "duplicate id"
-                    else:
-                        reason = ""
-                        ids = tokenizer.encode_array(document[1])
-                        tokens = np.concatenate([bos, ids, eos])
-                        writer.add(document[0], tokens, len(document[1].encode()))
-                    if reason:
-                        reasons[reason] += 1
-                        if len(listed) < LISTED_PER_UNIT:
-                            listed.append({"file": name, "line": number, "reason": reason})
-            shards = writer.finish()
-        made = {
+                    if not reason:
+                        tokens = np.concatenate([bos, tokenizer.encode_array(text), eos])
+                        made.add(id, tokens, len(text.encode()))
+                        continue
+                    reasons[reason] += 1
+                    if len(listed) < LISTED_PER_UNIT:
+                        listed.append({"file": name, "line": number, "reason": reason})
+            shards = made.finish()
+        digests = {
             f"{split}/{unit.name}{suffix}": shard[key]
             for split, shard in shards.items()
             if shard
@@ -163,7 +141,7 @@ class Source:
         }
         return {
             "unit": unit.name,
-            "files": {name: stamp(self.tokens / name, digest) for name, digest in made.items()},
+            "files": {name: stamp(self.tokens / name, digest) for name, digest in digests.items()},
             "read": read,
             "skipped": dict(sorted(reasons.items())),
             "listed": listed,
@@ -194,19 +172,18 @@ class Source:
         ]
 
 
-def parse(line: bytes) -> tuple[str, str] | str:
-    """(id, text) of a document, or why it is none."""
+def parse(line: bytes) -> tuple[str, str, str]:
+    """(id, text, nothing) of a document, or why it is none behind nothing."""
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError:
-        return "not JSON"
+        return "", "", "not JSON"
     if not isinstance(document, dict):
-        return "not an object"
-    if not isinstance(document.get("id"), str) or not document["id"]:
-        return "no id"
-    if not isinstance(document.get("text"), str) or not document["text"]:
-        return "no text"
-    return document["id"], document["text"]
+        return "", "", "not an object"
+    for key in ("id", "text"):
+        if not isinstance(document.get(key), str) or not document[key]:
+            return "", "", f"no {key}"
+    return document["id"], document["text"], ""
 
 
 def finish(source: Source, plan: Record, records: Sequence[Record], limit: float) -> None:
@@ -241,7 +218,7 @@ def finish(source: Source, plan: Record, records: Sequence[Record], limit: float
     for split in ("valid", "train"):
         shards = [r["shards"][split] for r in records if r["shards"][split] is not None]
         (folder / split).mkdir(exist_ok=True)
-        write_manifest(folder, split, source.vocabulary, shards, extra)
+        writer.write_manifest(folder, split, source.vocabulary, shards, extra)
     read_from = {"inputs": {k: v for record in records for k, v in record["inputs"].items()}}
     files.write_json(folder / INPUTS, read_from)
     (folder / JOURNAL).unlink()
@@ -295,22 +272,23 @@ def main(argv: list[str]) -> None:
     p.add_argument("--tokenizer", type=str, required=True, help="folder of tokenizer.model")
     p.add_argument("--output", type=str, required=True, help="folder of token shards to make")
     executors.add_arguments(p)
-    p.add_argument("--valid_per_10k", type=int, default=VALID_PER_10K, help="held-out documents")
+    p.add_argument(
+        "--valid_per_10k", type=int, default=writer.VALID_PER_10K, help="held-out documents"
+    )
     p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
     p.add_argument("--skip_limit", type=float, default=0.01, help="share of bad documents allowed")
     args = p.parse_args(argv)
-    check_options(args.valid_per_10k, args.shard_tokens)
+    writer.check_options(args.valid_per_10k, args.shard_tokens)
     executor = executors.from_arguments(args)
-    if not 0 <= args.skip_limit <= 1:
-        raise UserError(f"--skip_limit is {args.skip_limit}, expected a share from 0 to 1")
+    expect(0 <= args.skip_limit <= 1, f"--skip_limit is {args.skip_limit}", "a share from 0 to 1")
     names = source_names(Path(args.input))
-    model, _, vocabulary = open_tokenizer(args.tokenizer)
+    model, _, vocabulary = writer.open_tokenizer(args.tokenizer)
     shared = model, vocabulary, args.valid_per_10k, cli.count(args.shard_tokens)
     tokens = Path(args.output)
     sources = [Source(Path(args.input, name), tokens / name, *shared) for name in names]
     try:
         with only_one(tokens):
-            place_tokenizer(model, tokens)
+            writer.place_tokenizer(model, tokens)
             tokenize(sources, executor, args.skip_limit)
     except OSError as error:
         where = error.filename or tokens

@@ -6,8 +6,6 @@ reruns and shard counts, and the place: within a shard, documents lie in the ord
 neighbours are unrelated and the hashes, written down, are a sorted index. The data of §2.1.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from array import array
@@ -20,7 +18,7 @@ import orjson
 from numpy.typing import NDArray
 
 from llama import cli, files
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.data.indexed import MAX_SEQUENCE, SUFFIXES, check_ids, dtype_for, write_index
 from tokenizer.tokenizer import Tokenizer
 
@@ -79,10 +77,8 @@ def place_tokenizer(model: Path, tokens_folder: Path) -> None:
 
 
 def check_options(valid_per_10k: int, shard_tokens: str) -> None:
-    if not 0 <= valid_per_10k < 10_000:
-        raise UserError(f"--valid_per_10k is {valid_per_10k}, expected 0 to 9999")
-    if cli.count(shard_tokens) < 1:
-        raise UserError(f"--shard_tokens is {shard_tokens}, expected more than 0")
+    expect(0 <= valid_per_10k < 10_000, f"--valid_per_10k is {valid_per_10k}", "0 to 9999")
+    expect(cli.count(shard_tokens) >= 1, f"--shard_tokens is {shard_tokens}", "more than 0")
 
 
 class ShardWriter:
@@ -102,7 +98,7 @@ class ShardWriter:
         self._hashes, self._lengths, self._text_bytes = array("Q"), array("q"), array("q")
         self._ids: list[bytes] = []
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> "ShardWriter":
         self.folder.mkdir(parents=True, exist_ok=True)
         for split in SPLITS:
             for suffix in SUFFIXES:

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import torch
+import torch._inductor.config as inductor
 from torch import nn
 
 from llama import costs
@@ -30,6 +31,7 @@ def apply(model: nn.Module, cfg: Config, place: Place, dtype: torch.dtype) -> in
     names = mesh.mesh_dim_names or ()
     if "tensor" in names:
         seams = tensor.apply(model, mesh["tensor"])
+        inductor._micro_pipeline_tp = cfg.parallel.async_tensor
     if place.context is not None:
         context.apply(model, place.context)
     on_gpu = mesh.device_type == "cuda"

@@ -88,6 +88,13 @@ def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
                 f"parallel.tensor {n} does not divide {name} {number}: parallel.tensor {good} "
                 "divides all it has to"
             )
+    compiled = on_gpu and t.compile is not False and p.recompute not in ("manual", "budget")
+    if p.async_tensor and not (n > 1 and compiled):
+        raise UserError(
+            f"parallel.async_tensor with parallel.tensor {n}, parallel.recompute {p.recompute}, "
+            f"train.compile {t.compile} on {'GPUs' if on_gpu else 'CPUs'}: it needs tensor groups "
+            "on GPUs and compiled blocks, which manual and budget do not have"
+        )
     ranks = spread["replicate"] * spread["shard"]
     ramp = [("train.batch_ramp", batch) for batch, _ in t.batch_ramp]
     for key, batch in [*ramp, ("train.batch_tokens", t.batch_tokens)]:

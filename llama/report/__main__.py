@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from llama import cli, config, files, html
-from llama.cli import UserError, show_count
-from llama.html import Markup, Picture, tag
+from llama.cli import UserError, expect, show_count
+from llama.html import Markup, Picture, soft, tag
 from llama.report import runs as reading
 from llama.report.runs import Run
 
@@ -33,22 +33,16 @@ def main(argv: list[str]) -> None:
     p.add_argument("-o", "--output", type=Path, help="The page; default: in the run's folder.")
     p.add_argument("--samples", type=int, default=3, help="Generations per run; 0 for none.")
     a = p.parse_args(argv)
-    if a.samples < 0:
-        raise UserError(f"--samples is {a.samples}, expected 0 or more")
+    expect(a.samples >= 0, f"--samples is {a.samples}", "0 or more")
     if a.output is None and len(a.run) > 1:
         raise UserError(f"{len(a.run)} runs are given: name the page, as in -o compare.html")
     output = a.output or Path(a.run[0], "report.html")
-    if output.suffix not in (".html", ".htm") or output.is_dir():
-        raise UserError(f"--output is {output}, expected a file name that ends in .html")
+    html.check_output(output)
     runs = reading.read(a.run)
-    try:
-        # imported here: --help and a wrong folder need no matplotlib
-        from llama.report import plots
-    except ImportError as error:
-        raise UserError(
-            f"matplotlib cannot be imported ({error}): the extra `report` brings it, "
-            "`pip install -e '.[report]'`"
-        ) from error
+    html.need_matplotlib()
+    # imported here: --help and a wrong folder need no matplotlib
+    from llama.report import plots
+
     pictures = plots.draw(runs)
     text = page(runs, pictures, a.samples)
     prefix = f"{output.stem}-" if a.output else ""
@@ -86,10 +80,6 @@ def page(runs: Sequence[Run], pictures: Mapping[str, Picture], n_samples: int) -
     ]
     title = " · ".join(run.label for run in runs) if len(runs) <= 3 else f"{len(runs)} runs"
     return html.page(title, *parts, *each(runs, extracts))
-
-
-def soft(*content: object) -> Markup:
-    return tag("p", *content, class_="soft")
 
 
 def each(

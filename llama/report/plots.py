@@ -4,7 +4,6 @@ The only importer of matplotlib here. The same numbers give the same bytes: own 
 the user's, bundled fonts, no dates. Training is a line, validation has markers.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +23,7 @@ from llama.report.runs import Points, Run, mixture, validation_weights
 TARGET = "#CBD5DD"
 VALIDATION: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
 VALIDATION |= {"linewidth": 0.9, "linestyle": (0, (3, 2)), "zorder": 3}
-WIDTH_INCHES, DPI = 11.0, 150
+WIDTH_INCHES = 11.0
 MOST_SOURCES = 12
 STYLE = Path(__file__).with_name("plots.mplstyle")
 LOSS = "loss (nats per token)"
@@ -48,10 +47,7 @@ def draw(runs: Sequence[Run]) -> dict[str, Picture]:
         pictures = {}
         for name, (title, caption, figure) in found.items():
             if figure:
-                png = io.BytesIO()
-                # matplotlib would write its version into the file
-                figure.savefig(png, dpi=DPI, metadata={"Software": None})
-                pictures[name] = Picture(title, caption, png.getvalue())
+                pictures[name] = Picture.drawn(figure, title, caption)
     return pictures
 
 

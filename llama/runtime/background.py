@@ -30,7 +30,7 @@ class Saver:
         self.stall_s = 0.0
         self._thread: threading.Thread | None = None
         self._copied: torch.cuda.Event | None = None
-        self._problem: str | None = None
+        self.problem: str | None = None
         self._failures = 0
 
     def save(
@@ -48,13 +48,13 @@ class Saver:
         Waits for the save before. Raises `UserError` after `FAILURES_IN_A_ROW`.
         """
         began = time.monotonic()
-        if self._thread and self._thread.is_alive():
+        if self.busy():
             world.say(f"step {step} waits: the checkpoint before it is still being written")
         self.finish()
         if self._failures >= FAILURES_IN_A_ROW:
             raise UserError(
                 f"{self._failures} checkpoints of {run} in a row could not be written "
-                f"({self._problem}): mend that, the same command goes on from the newest"
+                f"({self.problem}): mend that, the same command goes on from the newest"
             )
         world = replace(world, control=world.saves)
         if wait or not cfg.background:
@@ -65,7 +65,7 @@ class Saver:
             self._thread = threading.Thread(target=self._write, args=what, daemon=True)
             self._thread.start()
         self.stall_s += time.monotonic() - began
-        return self._thread is not None or not self._problem
+        return self._thread is not None or not self.problem
 
     def _stage(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies in the memory of the CPU: pinned, and on a stream of their own, from a GPU."""
@@ -98,13 +98,17 @@ class Saver:
                 torch.cuda.set_device(world.device)  # a thread begins on the first one
                 self._copied.synchronize()
             kept = (cfg.keep, cfg.keep_every)
-            self._problem = checkpoint.save(run, step, tensors, state, world, *kept)
+            self.problem = checkpoint.save(run, step, tensors, state, world, *kept)
         except Exception as error:  # a rank that is gone: the loop will notice as well
-            self._problem = f"{type(error).__name__}: {error}"
-        self._failures = self._failures + 1 if self._problem else 0
+            self.problem = f"{type(error).__name__}: {error}"
+        self._failures = self._failures + 1 if self.problem else 0
         path, spent = checkpoint.path_of(run, step), show_seconds(time.monotonic() - began)
-        failed = f"WARNING: the checkpoint of step {step} failed: {self._problem}"
-        world.say(failed if self._problem else f"saved {path} in {spent}")
+        failed = f"WARNING: the checkpoint of step {step} failed: {self.problem}"
+        world.say(failed if self.problem else f"saved {path} in {spent}")
+
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Wait for the save in flight, if there is one."""

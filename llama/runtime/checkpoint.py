@@ -10,6 +10,7 @@ with an allow-list, and everything that is no tensor lives in the JSON.
 import errno
 import hashlib
 import io
+import os
 import pickle
 import re
 import shutil
@@ -207,7 +208,7 @@ def _write_rank(
     part: Path, step: int, tensors: dict[str, torch.Tensor], world: World
 ) -> dict[str, Any]:
     """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
-    writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
+    writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=False)
     writer.fs = _Files()
     dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
     faults.point("ckpt.written", part / f"__{world.rank}_0.distcp", step=step)
@@ -217,7 +218,7 @@ def _write_rank(
 
 
 class _Files(FileSystem):
-    """DCP's files, with the points where faults strike."""
+    """DCP's files, on the disk once closed: its own fsync comes before the buffer is written."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
@@ -225,6 +226,9 @@ class _Files(FileSystem):
             faults.point("file.opened", path, name=Path(path).name)
             yield stream
         faults.point("file.written", path, name=Path(path).name)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        faults.point("file.synced", path, name=Path(path).name)
 
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
@@ -257,8 +261,10 @@ def _publish(
         faults.point("ckpt.aside", step=step)
     part.rename(final)
     faults.point("ckpt.renamed", step=step)
-    for place in (final.parent, *final.parents[1:3]):
-        files.fsync_folder(place)  # runs/, the run and ckpt/ may be new as well
+    for place in final.parents[:4]:
+        # ckpt/, the run and runs/ may be new as well; what is above may be closed to us
+        with suppress(PermissionError):
+            files.fsync_folder(place)
     faults.point("ckpt.named", step=step)
 
 

@@ -57,7 +57,9 @@ def announce(state: State) -> None:
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this device now, from a few milliseconds of one."""
     size = 4096 if device.type == "cuda" else 512
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    # a generator of its own: the run's random numbers go on as if nothing had been asked
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     spent = []
     for _ in range(3):
         began = time.perf_counter()

@@ -37,7 +37,7 @@ def held(run: Path, here: World) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            problem = f"{run} is being trained by another process: wait for it or use --name other"
+            problem = f"{run} is being trained or verified: wait for it or use --name other"
     together(problem, here)
     try:
         yield

@@ -33,7 +33,7 @@ HEAD_CHARS = {"characters": 2000, "words": 10_000}
 MAX_WEIGHT = 1000
 # A letter is known when it makes up this share of the letters of some label.
 KNOWN_SHARE = 1e-5
-BATCH_TEXTS = 64
+BATCH_TEXTS, RATE = 64, 0.3
 _SPACE = 32
 _LAST_LETTER = 0x2FFFF
 _STEP, _SPREAD = np.uint32(0x01000193), np.uint32(0x9E3779B1)
@@ -161,35 +161,26 @@ def _words(found: Codes) -> Buckets:
 FEATURES: dict[str, Callable[[Codes], Buckets]] = {"characters": _characters, "words": _words}
 
 
-def fit(
-    texts: Sequence[str],
-    labels: Sequence[str],
-    kind: str,
-    seed: int = 0,
-    passes: int = 2,
-    rate: float = 0.3,
-) -> Linear:
-    """Train on texts and their labels by AdaGrad, some texts at a time, in an order of the seed."""
+def fit(texts: Sequence[str], labels: Sequence[str], kind: str, passes: int = 2) -> Linear:
+    """Train on texts and their labels by AdaGrad, some texts at a time, in a random order."""
     names = tuple(sorted(set(labels)))
     column = {name: i for i, name in enumerate(names)}
     truth = np.array([column[label] for label in labels])
     weights = np.zeros((1 << BUCKET_BITS, len(names)), np.float32)
     squares = np.full_like(weights, 1e-8)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for _ in range(passes):
         order = rng.permutation(len(texts))
         for begin in range(0, len(order), BATCH_TEXTS):
             batch = order[begin : begin + BATCH_TEXTS]
             found = [FEATURES[kind](codes(texts[i], kind)) for i in batch.tolist()]
-            _learn(weights, squares, found, truth[batch], rate)
+            _learn(weights, squares, found, truth[batch])
     unit = float(np.abs(weights).max() or 1) / MAX_WEIGHT
     alphabet = _alphabet(texts, truth) if kind == "characters" else np.empty(0, np.uint32)
     return Linear(kind, names, np.rint(weights / unit).astype(np.float32), unit, alphabet)
 
 
-def _learn(
-    weights: Floats, squares: Floats, found: Sequence[Buckets], truth: NDArray[Any], rate: float
-) -> None:
+def _learn(weights: Floats, squares: Floats, found: Sequence[Buckets], truth: NDArray[Any]) -> None:
     """One step of AdaGrad; no matrix products, whose rounding depends on the number of threads."""
     sizes = np.array([len(each) for each in found])
     found, truth, sizes = [f for f in found if len(f)], truth[sizes > 0], sizes[sizes > 0]
@@ -208,7 +199,7 @@ def _learn(
     slope = np.add.reduceat(error.take(text, axis=0), first)
     rows = buckets[first]
     squares[rows] += slope * slope
-    weights[rows] -= rate * slope / np.sqrt(squares[rows])
+    weights[rows] -= RATE * slope / np.sqrt(squares[rows])
 
 
 def _alphabet(texts: Sequence[str], truth: NDArray[Any]) -> Codes:

@@ -27,23 +27,8 @@ MAX_CHARS = 50_000_000
 RUN_CHARS = 1 << 16
 # What the trainer takes as one sentence; a longer one would be left out.
 SENTENCE_CHARS = 1000
-# The trainer writes its options into the model, and its sums depend on the number of threads.
-_FIXED: dict[str, Any] = {
-    "model_type": "unigram",
-    "character_coverage": 0.9995,
-    "hard_vocab_limit": False,
-    "shuffle_input_sentence": False,
-    "num_threads": 16,
-    "max_sentence_length": 8 * SENTENCE_CHARS,
-    "minloglevel": 2,
-}
-_PUNCTUATION = dict(
-    zip(
-        "，。、„”“«»」「《》´∶：？！（）；–—．～’…━〈〉【】％►",
-        [*",.,", *9 * '"', *"'::?!();-", " - ", ". ", *"~'", "...", *"-<>[]%-"],
-        strict=True,
-    )
-)
+_TABLES = files.read_yaml(Path(__file__).with_suffix(".yaml"))
+_FIXED, _PUNCTUATION = _TABLES["trainer"], _TABLES["punctuation"]
 
 
 class _Rules(dict[int, str | None]):
@@ -96,7 +81,11 @@ def train(
     wanted = min(max_pieces, max(least, read["characters"] // CHARS_PER_PIECE))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences), model_writer=model, vocab_size=wanted, **_FIXED
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=wanted,
+        max_sentence_length=8 * SENTENCE_CHARS,
+        **_FIXED,
     )
     files.write_atomic(path, model.getvalue())
     return {"pieces": len(Pieces(path)), **read}

@@ -50,12 +50,8 @@ def main(argv: Sequence[str]) -> None:
     p.add_argument("--wikipedia", nargs="+", required=True, help="Folders of clean articles.")
     p.add_argument("--crawl", nargs="+", required=True, help="Folders of clean pages.")
     p.add_argument("--output", required=True, help="Folder of the models.")
-    p.add_argument(
-        "--languages",
-        nargs="+",
-        default=[],
-        help="Those that need an n-gram model; if not given, all that have enough text.",
-    )
+    what = "Those that need an n-gram model; if not given, all that have enough text."
+    p.add_argument("--languages", nargs="+", default=[], help=what)
     executors.add_arguments(p)
     values = p.parse_args(list(argv))
     wikipedia, crawl = (list(map(Path, given)) for given in (values.wikipedia, values.crawl))
@@ -80,9 +76,21 @@ def train(
     inputs = {name: files.sha256(path) for name, path in (articles | pages).items()}
     identity = header("train_models", {"languages": sorted(languages)}, inputs)
     if not output.exists():
+        # where a killed run has left what it had
         aside = output.with_name(f".{output.name}.part")
         paths = list(articles.values()), list(pages.values())
-        _make(paths, aside, identity, executor, languages, needs_all)
+        size = sum(path.stat().st_size for side in paths for path in side)
+        count = Task("samples", size, (*paths, aside / SAMPLES))
+        stage = Stage("models, samples", aside / SAMPLES, identity, [count], _sample)
+        [[found]] = runner.run([stage], executor)
+        tasks, missing = _tasks(found["counts"], languages)
+        asked = {"references", *(f"lm-{language}" for language in languages)}
+        if needs_all and (told := [why for name, why in missing.items() if name in asked]):
+            shutil.rmtree(aside)
+            raise UserError(f"too little to learn from: {'; '.join(told)}")
+        stage = Stage("models", aside, identity, tasks, partial(_learn, aside))
+        [records] = runner.run([stage], executor)
+        _write(aside, identity, found["counts"], records, missing)
         os.rename(aside, output)
         files.fsync_folder(output.parent)
     models: dict[str, Any] = files.read_json(output / MODELS)
@@ -106,33 +114,16 @@ def _files(side: str, folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _make(
-    paths: tuple[list[Path], list[Path]],
-    aside: Path,
-    identity: Record,
-    executor: Executor,
-    languages: Sequence[str],
-    needs_all: bool,
+def _write(
+    aside: Path, identity: Record, counts: Any, records: Sequence[Record], missing: Any
 ) -> None:
-    """All files of MODELS in `aside`, where a killed run has left what it had."""
-    size = sum(path.stat().st_size for side in paths for path in side)
-    count = Task("samples", size, (*paths, aside / SAMPLES))
-    [[found]] = runner.run(
-        [Stage("models, samples", aside / SAMPLES, identity, [count], _sample)], executor
-    )
-    tasks, missing = _tasks(found["counts"], languages)
-    asked = {"references", *(f"lm-{language}" for language in languages)}
-    if needs_all and (told := [why for name, why in missing.items() if name in asked]):
-        shutil.rmtree(aside)
-        raise UserError(f"too little to learn from: {'; '.join(told)}")
-    stage = Stage("models", aside, identity, tasks, partial(_learn, aside))
-    [records] = runner.run([stage], executor)
+    """What is said of the models, beside them."""
     learnt = {record["unit"]: record["figures"] for record in records}
     packages = {name: version(name) for name in ("numpy", "sentencepiece")}
     models = {
         **identity,
         "versions": {"python": platform.python_version(), **packages},
-        "counts": found["counts"],
+        "counts": counts,
         "learnt": learnt,
         "not_learnt": missing,
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import files
-from llama.cli import UserError
+from llama.cli import expect
 from llama.config import Count
 from llama.corpus.document import Document, Item, Noted
 from llama.corpus.plan import Piece, Plan, find, group
@@ -59,8 +59,7 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the books below `inputs`."""
-    if not 0 <= options.overlap <= 1:
-        raise UserError(f"overlap is {options.overlap}, expected a share from 0 to 1")
+    expect(0 <= options.overlap <= 1, f"overlap is {options.overlap}", "a share from 0 to 1")
     pieces, left_out = find(inputs, _format_of)
     units = group(pieces, options.unit_bytes)
     return Plan("books", asdict(options), partial(read, options), units, tuple(left_out))
@@ -118,13 +117,9 @@ def unframed(content: str) -> tuple[str, dict[str, str], str]:
 
 def _after(lines: list[str], marker: int) -> int:
     """The line behind a marker, which a long title may break into several."""
-    last = marker
-    if "*" not in lines[marker].rstrip()[-4:]:
-        closing = [
-            i for i in range(marker + 1, marker + 4) if lines[i : i + 1] and "***" in lines[i]
-        ]
-        last = closing[0] if closing else marker
-    return last + 1
+    below = range(marker + 1, min(marker + 4, len(lines)))
+    closing = next((i for i in below if "***" in lines[i]), marker)
+    return 1 + (marker if "*" in lines[marker].rstrip()[-4:] else closing)
 
 
 def _mostly_footer(lines: list[str], begin: int) -> bool:

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.config import Count
 from llama.corpus import raw, warc
 from llama.corpus.document import Document, Dropped, Item, Noted
@@ -75,10 +75,9 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the archives that the preset reads."""
-    if options.group_shards < 1:
-        raise UserError(f"group_shards is {options.group_shards}, expected 1 or more")
-    if options.html_deadline_s <= 0:
-        raise UserError(f"html_deadline_s is {options.html_deadline_s}, expected more than 0")
+    expect(options.group_shards >= 1, f"group_shards is {options.group_shards}", "1 or more")
+    deadline = options.html_deadline_s
+    expect(deadline > 0, f"html_deadline_s is {deadline}", "more than 0")
     if options.preset == "improved" and not find_spec("resiliparse"):
         raise UserError("reading WARC needs resiliparse: pip install 'llama-pretraining[corpus]'")
     language.check(options.languages, options.min_language_score, options.language_model)

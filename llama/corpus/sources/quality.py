@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import files
-from llama.cli import UserError
+from llama.cli import expect
 from llama.config import Count
 from llama.corpus.document import Document, Item
 from llama.corpus.plan import Piece, Plan, find, group
@@ -58,8 +58,7 @@ def _format_of(name: str) -> str | None:
 
 def check(options: Any, languages: Sequence[str] = ()) -> None:
     """Raise `UserError` for models or thresholds that cannot serve."""
-    if not options.models:
-        raise UserError("models is empty, expected the folder that train_models has made")
+    expect(options.models, "models is empty", "the folder that train_models has made")
     models = Path(options.models)
     # what was trained may have been too little for any language
     if (models / "lm").exists() or not (models / "models.json").exists():

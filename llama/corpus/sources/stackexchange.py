@@ -22,7 +22,7 @@ from typing import Any
 
 import orjson
 
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Step
@@ -59,8 +59,7 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """A unit per site, the largest sites."""
-    if options.sites < 0:
-        raise UserError(f"sites is {options.sites}, expected 0 for all or a number of sites")
+    expect(options.sites >= 0, f"sites is {options.sites}", "0 for all or a number of sites")
     pieces, left_out = find(inputs, _format_of)
     if any(piece.format == "7z" for piece in pieces) and not find_spec("py7zr"):
         raise UserError("reading .7z needs py7zr: pip install 'llama-pretraining[corpus]'")

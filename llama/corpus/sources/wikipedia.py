@@ -18,7 +18,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama.cli import UserError
+from llama.cli import expect
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted
@@ -62,8 +62,7 @@ class Site(NamedTuple):
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Dumps of the languages, each read as far as its head."""
-    if not options.languages:
-        raise UserError("languages is empty, expected codes such as en")
+    expect(options.languages, "languages is empty", "codes such as en")
     pieces, left_out = find(inputs, _format_of)
     kept = []
     for piece in pieces:

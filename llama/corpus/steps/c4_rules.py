@@ -10,23 +10,14 @@ noted as `line long_word`, `line no_end_mark`, `line few_words`, `line javascrip
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from llama.cli import UserError, as_user_error
 from llama.corpus.document import Document, Item, Noted
 
-
-@dataclass(frozen=True)
-class Rules:
-    """How many words make a line and how many sentences a page."""
-
-    min_words: int
-    min_sentences: int
-
-
-PRESETS = {"reference": Rules(5, 3), "article": Rules(3, 5)}
+# How many words make a line and how many sentences a page.
+PRESETS = {"reference": (5, 3), "article": (3, 5)}
 
 MAX_WORD_CHARS = 1000
 _END_MARKS, _ELLIPSIS = (".", "?", "!", '"'), "..."
@@ -49,8 +40,11 @@ def c4_rules(documents: Iterator[Document], preset: str, bad_words: str) -> Iter
         yield document.dropped(reason) if reason else document._replace(text=kept)
 
 
-def clean(text: str, rules: Rules, bad: re.Pattern[str] | None) -> tuple[str, str, Counter[str]]:
+def clean(
+    text: str, rules: tuple[int, int], bad: re.Pattern[str] | None
+) -> tuple[str, str, Counter[str]]:
     """(the lines kept, why the page is dropped or nothing, lines removed by reason)."""
+    min_words, min_sentences = rules
     kept: list[str] = []
     removed: Counter[str] = Counter()
     sentences = 0
@@ -68,7 +62,7 @@ def clean(text: str, rules: Rules, bad: re.Pattern[str] | None) -> tuple[str, st
             removed["no_end_mark"] += bool(line)
             continue
         # no more pieces than needed to know
-        if len(line.split(None, rules.min_words - 1)) < rules.min_words:
+        if len(line.split(None, min_words - 1)) < min_words:
             removed["few_words"] += 1
             continue
         lower = line.lower() if suspects else ""
@@ -84,10 +78,10 @@ def clean(text: str, rules: Rules, bad: re.Pattern[str] | None) -> tuple[str, st
             removed["policy"] += 1
             continue
         kept.append(line)
-        if sentences < rules.min_sentences:
+        if sentences < min_sentences:
             sentences += 1 + len(_BOUNDARY.findall(line))
     page = "\n".join(kept)
-    if sentences < rules.min_sentences:
+    if sentences < min_sentences:
         return "", "too_few_sentences", removed
     if bad and bad.search(page.lower()):
         return "", "bad_words", removed

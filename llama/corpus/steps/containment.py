@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama.corpus.document import Document, Item
+from llama.corpus.groups import table
 from llama.corpus.steps.words import in_a_row, words
 
 WORDS, ONE_IN = 5, 32
@@ -42,10 +43,7 @@ class Containment:
         """The chosen shingles of every book."""
         found = []
         for number, document in enumerate(documents):
-            keys = shingles(document.text)
-            rows = np.zeros(len(keys), self.records)
-            rows["key"], rows["document"] = keys, number
-            found.append(rows)
+            found.append(table(self.records, key=shingles(document.text), document=number))
         return np.concatenate([np.zeros(0, self.records), *found]), np.zeros(0, self.decisions)
 
     def reduce(self, records: NDArray) -> NDArray:
@@ -64,9 +62,7 @@ class Containment:
             first = first[same]
             pairs.append(np.stack((books[first], books[first + distance]), 1))
         found, counts = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
-        rows = np.zeros(len(found), self.finds)
-        rows["first"], rows["second"], rows["shared"] = found[:, 0], found[:, 1], counts
-        return rows
+        return table(self.finds, first=found[:, 0], second=found[:, 1], shared=counts)
 
     def resolve(self, finds: Iterator[NDArray]) -> NDArray:
         """Longest first: a book goes when enough of it is in one that stays."""
@@ -90,9 +86,7 @@ class Containment:
             if next(longer, None) is not None:
                 gone.add(book)
         found = np.array(sorted(gone), "<u8")
-        decisions = np.zeros(len(found), self.decisions)
-        decisions["unit"], decisions["document"] = found >> np.uint64(32), found & 0xFFFFFFFF
-        return decisions
+        return table(self.decisions, unit=found >> np.uint64(32), document=found & 0xFFFFFFFF)
 
     def apply(self, document: Document, decisions: NDArray) -> Item:
         return document.dropped("contained")

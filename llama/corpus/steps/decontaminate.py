@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from llama import cli
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 from llama.corpus import raw
 from llama.corpus.document import Document, Item, Noted, describe
 from llama.corpus.plan import find
@@ -127,7 +126,7 @@ def _format_of(name: str) -> str | None:
 def _items(path: str, format: str) -> Iterator[str]:
     """The text of each item of a benchmark file."""
     kinds = OSError, EOFError, ValueError, csv.Error
-    with cli.as_user_error(f"benchmark file {path} cannot be read", *kinds, show=describe):
+    with as_user_error(f"benchmark file {path} cannot be read", *kinds, show=describe):
         data = raw.whole(raw.chunks(path), MAX_BYTES)
         if data is None:
             raise ValueError(f"larger than {MAX_BYTES:,} bytes")

@@ -15,8 +15,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.cli import UserError
+from llama.cli import expect
 from llama.corpus.document import Document, Item
+from llama.corpus.groups import narrowed, repeats, table
 
 _REASONS = {"text": "exact_duplicate", "url": "url_duplicate", "id": "id_duplicate"}
 # What C4 does not count as part of an address: scheme, www., tracking, a slash at the end.
@@ -39,8 +40,7 @@ class Exact:
     resolve = None
 
     def __post_init__(self) -> None:
-        if self.same not in _REASONS:
-            raise UserError(f"same is {self.same!r}, expected one of {', '.join(_REASONS)}")
+        expect(self.same in _REASONS, f"same is {self.same!r}", f"one of {', '.join(_REASONS)}")
 
     def map(self, unit: int, documents: Iterator[Document]) -> tuple[NDArray, NDArray]:
         """The hash of every document; one without an address is like no other."""
@@ -52,15 +52,11 @@ class Exact:
                 hashes += blake2b(data, digest_size=16).digest()
         keys = np.frombuffer(hashes, np.dtype((np.void, 16)))
         _, first = np.unique(keys, return_index=True)
-        records = np.zeros(len(keys), self.records)
-        records["key"], records["key2"] = np.frombuffer(hashes, "<u8").reshape(-1, 2).T
-        records["document"] = numbers
+        key, key2 = np.frombuffer(hashes, "<u8").reshape(-1, 2).T
+        records = table(self.records, key=key, key2=key2, document=numbers)
         again = np.ones(len(keys), bool)
         again[first] = False
-        decisions = np.zeros(again.sum(), self.decisions)
-        for field in ("document", "key"):
-            decisions[field] = records[field][again]
-        return records[~again], decisions
+        return records[~again], narrowed(records[again], self.decisions)
 
     def _compared(self, document: Document) -> str | None:
         if self.same == "url":
@@ -69,14 +65,7 @@ class Exact:
 
     def reduce(self, records: NDArray) -> NDArray:
         """All but the first of each key."""
-        same = np.ones(max(0, len(records) - 1), bool)
-        for key in ("key", "key2"):
-            same &= records[key][1:] == records[key][:-1]
-        again = records[1:][same]
-        decisions = np.zeros(len(again), self.decisions)
-        for field in ("unit", "document", "key"):
-            decisions[field] = again[field]
-        return decisions
+        return narrowed(records[repeats(records, "key", "key2")], self.decisions)
 
     def apply(self, document: Document, decisions: NDArray) -> Item:
         return document.dropped(_REASONS[self.same], detail=f"{decisions['key'][0]:016x}")

@@ -12,7 +12,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.corpus.document import Document, Item
 from llama.corpus.models.linear import Linear
 
@@ -23,8 +23,7 @@ OURS = ".npz"
 
 def check(languages: Sequence[str], min_score: float, model: str) -> None:
     """Raise `UserError` for options, a tool or a model that cannot serve; loads the model."""
-    if not 0 <= min_score <= 1:
-        raise UserError(f"min_language_score is {min_score}, expected 0 to 1")
+    expect(0 <= min_score <= 1, f"min_language_score is {min_score}", "0 to 1")
     ours = model.endswith(OURS)
     module, package = ("fasttext", "fasttext-predict") if model else ("py3langid", "py3langid")
     if not ours and not find_spec(module):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llama.corpus.document import Document, Item
+from llama.corpus.groups import narrowed, repeats, table
 
 _PLACE = [("unit", "<u4"), ("document", "<u4"), ("line", "<u4")]
 _DIGEST = np.dtype([("key", "<u8"), ("rest", "V12")])
@@ -54,15 +55,13 @@ class Lines:
         parts = [np.zeros(0, self.records)]
         for number, document in enumerate(documents):
             keys, lines = line_keys(document.text)
-            part = np.zeros(len(keys), self.records)
-            part["key"], part["document"], part["line"] = keys, number, lines
-            parts.append(part)
+            parts.append(table(self.records, key=keys, document=number, line=lines))
         rows = np.concatenate(parts)
         rows = rows[np.argsort(rows["key"], kind="stable")]
-        in_document = _like_the_one_before(rows, "key", "document")
+        in_document = repeats(rows, "key", "document")
         decided = rows[in_document]
         rows = rows[~in_document]
-        again = _like_the_one_before(rows, "key")
+        again = repeats(rows, "key")
         if self.copies == "none":
             decided = np.concatenate([decided, rows[again | np.append(again[1:], False)]])
         else:
@@ -70,14 +69,14 @@ class Lines:
         records = rows[~again]
         if self.group_shards:
             records["key"] ^= np.uint64((unit // self.group_shards + 1) * _ODD % (1 << 64))
-        return records, _places(decided)
+        return records, narrowed(decided, self.decisions)
 
     def reduce(self, records: NDArray) -> NDArray:
         """Lines of a key that several shards have, all or all but the first."""
-        again = _like_the_one_before(records, "key")
+        again = repeats(records, "key")
         if self.copies == "none":
             again |= np.append(again[1:], False)
-        return _places(records[again])
+        return narrowed(records[again], self.decisions)
 
     def apply(self, document: Document, decisions: NDArray) -> Item:
         """The document without the lines that were decided to go."""
@@ -103,19 +102,3 @@ def normalized(text: str) -> bytes:
     if not text.isascii():
         text = _REMOVED.sub("", _DIGIT.sub("0", text))
     return text.encode("utf-8", "surrogatepass").translate(_ASCII_DIGITS, _ASCII_REMOVED)
-
-
-def _like_the_one_before(rows: NDArray, *fields: str) -> NDArray:
-    """Which rows have the fields of the row before."""
-    same = np.ones(len(rows), bool)
-    same[:1] = False
-    for field in fields:
-        same[1:] &= rows[field][1:] == rows[field][:-1]
-    return same
-
-
-def _places(rows: NDArray) -> NDArray:
-    places = np.zeros(len(rows), np.dtype(_PLACE))
-    for name, _ in _PLACE:
-        places[name] = rows[name]
-    return places

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from llama.cli import UserError
 from llama.corpus.document import Document, Item
+from llama.corpus.groups import table
 from llama.corpus.steps.words import in_a_row, mixed, words
 
 SHINGLE_WORDS = 5
@@ -99,10 +100,8 @@ class MinHash:
     def resolve(self, finds: Iterator[NDArray]) -> NDArray:
         """All but the first of each cluster."""
         found = joined(finds)
-        decisions = np.zeros(len(found), self.decisions)
-        decisions["unit"], decisions["document"] = found[:, 1] >> 32, found[:, 1] & 0xFFFFFFFF
-        decisions["first"] = found[:, 0]
-        return decisions
+        first, place = found.T
+        return table(self.decisions, unit=place >> 32, document=place & 0xFFFFFFFF, first=first)
 
     def apply(self, document: Document, decisions: NDArray) -> Item:
         first = int(decisions["first"][0])

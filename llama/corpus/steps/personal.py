@@ -9,36 +9,15 @@ number of a version or section (1.2.3.4); phone numbers are those with a country
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from llama import files
 from llama.corpus.document import Document, Item, Noted
 
-_LOCAL = r"[\w.!#$%&'*+/=?^`{|}~-]"
-_HEX, _BYTE = "[0-9a-fA-F]{1,4}", "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-# Name of the count, mask and form. Lengths in e-mail addresses: RFC 5321; what a bracket follows is
-# code, a@b.sum(). Ranges of IP addresses that are nobody's: RFC 6890.
-KINDS = (
-    (
-        "e-mail addresses masked",
-        "<EMAIL>",
-        rf"(?<!{_LOCAL}){_LOCAL}{{1,64}}@(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?\.){{1,8}}"
-        r"[^\W\d_]{2,24}(?![\w(-])",
-    ),
-    (
-        "IP addresses masked",
-        "<IP>",
-        r"(?<![\w.:])(?:(?!(?:0|10|127|169\.254|192\.168|172\.(?:1[6-9]|2[0-9]|3[01])"
-        rf"|22[4-9]|2[345][0-9])\.|(?:[0-9]\.){{3}}[0-9]\b)(?:{_BYTE}\.){{3}}{_BYTE}(?!\.?\w)"
-        rf"|(?!2001:0?db8:)[23][0-9a-fA-F]{{3}}(?:(?::{_HEX}){{7}}"
-        rf"|(?::{_HEX}){{0,6}}::(?:{_HEX}(?::{_HEX}){{0,5}})?)(?![\w:]))",
-    ),
-    (
-        "phone numbers masked",
-        "<PHONE>",
-        r"(?<![\w+/=.,-])(?:\+[1-9]|00[1-9][0-9]{0,2}(?=[ /(.-]))"
-        r"(?:[ \u00a0./-]{0,2}(?:[0-9]|\([0-9]{1,4}\))){6,14}(?!\w)"
-        r"|(?<![\w+)-])\([0-9]{2,5}\) ?[0-9]{3,4}[ .-]?[0-9]{4}(?![\w-])",
-    ),
-)
+KINDS = [
+    (kind["name"], kind["mask"], "".join(kind["form"]))
+    for kind in files.read_yaml(Path(__file__).with_suffix(".yaml"))["kinds"]
+]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.corpus.document import Document, Item
 from llama.corpus.models.linear import Linear
 
@@ -19,8 +19,7 @@ THRESHOLD = 0.25
 
 def check(models: str, min_score: float) -> None:
     """Raise `UserError` for a threshold or a classifier that cannot serve; loads the classifier."""
-    if not 0 <= min_score <= 1:
-        raise UserError(f"min_reference_score is {min_score}, expected 0 to 1")
+    expect(0 <= min_score <= 1, f"min_reference_score is {min_score}", "0 to 1")
     if min_score:
         classifier(models)
 

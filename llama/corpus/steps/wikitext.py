@@ -14,24 +14,17 @@ import html
 import re
 from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 
-# Localised names of the namespaces File and Category that dumps use beside their own and English.
-_FILE = """file image bild datei fichier archivo imagen immagine imagem ficheiro arquivo bestand
-afbeelding plik grafika soubor fájl kép fil billede bilde fișier imagine fitxer imatge slika
-датотека datoteka слика fişier файл изображение картинка зображення obrázok
-фотографија fotografija dt"""
-_CATEGORY = """category kategorie catégorie categoría categoria categorie kategoria kategori
-kategória kategorija категорија категория категорія cat ct kt к"""
-FILES, CATEGORIES = frozenset(_FILE.split()), frozenset(_CATEGORY.split())
+from llama import files
 
-# Their content is no wikitext: kept as it is, or dropped with the tag.
-_BLOCKS = frozenset("pre syntaxhighlight source".split())
-_VERBATIM = _BLOCKS | frozenset("nowiki math chem code ce".split())
-_DROPPED = frozenset(
-    "gallery timeline score imagemap templatestyles hiero graph mapframe maplink inputbox "
-    "includeonly".split()
+_TABLES = files.read_yaml(Path(__file__).with_suffix(".yaml"))
+FILES, CATEGORIES, _BLOCKS, _DROPPED, _LINE_BREAKS = (
+    frozenset(_TABLES[name].split())
+    for name in ("files", "categories", "blocks", "dropped", "line_breaks")
 )
-_LINE_BREAKS = frozenset("br p div li tr blockquote h1 h2 h3 h4 h5 h6 hr dd dt".split())
+# Their content is no wikitext.
+_VERBATIM = _BLOCKS | frozenset("nowiki math chem code ce".split())
 # Where a template was, and before each line of a block of code; dumps hold no such characters.
 _GONE, _CODE = "\x01", "\x02"
 # Links within the caption of a file go three deep; a limit keeps the work on labels linear.

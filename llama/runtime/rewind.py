@@ -5,7 +5,7 @@ A rewind is decided by rank 0 and is in `rewinds.json` before anything is done a
 carries out what is written there (llama/runtime/state.py), so that a kill undoes nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,20 +13,21 @@ import torch
 from llama import files
 from llama.cli import UserError
 from llama.data import schedule
-from llama.data.loader import Loader, Rows
+from llama.data.loader import Loader
 from llama.runtime import checkpoint, replicas
 from llama.runtime.guard import Reading
 from llama.runtime.state import State, resume
 
 
 def batches(
-    state: State, reader: Loader, rows: Callable[[int], Rows]
+    state: State, reader: Loader, *how: Any
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(step, tokens, sources) of all steps to come; after a rewind, those of its order."""
-    while state.step < state.steps:
-        reader.order = state.order
-        for batch in reader.steps(state.step, state.steps, rows):
-            if batch[0] != state.step:
+    """`reader.steps` from the state's step to the end of the run, again after each rewind."""
+    order = None
+    while order is not state.order:
+        order = reader.order = state.order
+        for batch in reader.steps(state.step, state.steps, *how):
+            if order is not state.order:
                 break
             yield batch
 
