@@ -97,12 +97,15 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         for n in reversed(micro_batches(cfg, at))
         if auto or n <= at.micro_batch
     ]
+    tried += [replace(x, accumulate="sharded", reshard=True) for x in tried]
     tried += [replace(at, shard=at.shard << n, recompute="full") for n in range(1, 12)]
     good = (x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory and _keeps(cfg, x))
     found = next(good, None)
     offer = "nothing fits: take a larger parallel.tensor"
     if found:
         more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.gpus > gpus)
+        more += " and parallel.accumulate sharded" * (found.accumulate != at.accumulate)
+        more += " and parallel.reshard true" * (found.reshard != at.reshard)
         offer = (
             f"train.micro_batch {found.micro_batch} with parallel.recompute {found.recompute}"
             f"{more} takes {show_bytes(costs.needed(cfg.model, found))}"
