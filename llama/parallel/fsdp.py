@@ -92,14 +92,10 @@ def apply(
 
 def prepare(model: nn.Module, cfg: ParallelConfig, last: bool) -> None:
     """Before each micro-batch, the `last` of a step or not: what its backward pass leaves."""
-    if not isinstance(model, FSDPModule):
-        return
-    if not cfg.reshard:
-        model.set_reshard_after_backward(last)
-    if cfg.accumulate == "unsharded":
-        model.set_requires_gradient_sync(last)
-    elif cfg.accumulate == "replica_deferred":
-        model.set_requires_all_reduce(last)
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_backward(last or cfg.reshard)
+        model.set_requires_gradient_sync(last or cfg.accumulate != "unsharded")
+        model.set_requires_all_reduce(last or cfg.accumulate == "sharded")
 
 
 def reshard(model: nn.Module) -> None:

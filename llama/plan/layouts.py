@@ -99,8 +99,8 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
     ]
     tried += [replace(x, accumulate="sharded", reshard=True) for x in tried]
     tried += [replace(at, shard=at.shard << n, recompute="full") for n in range(1, 12)]
-    good = (x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory and _keeps(cfg, x))
-    found = next(good, None)
+    fit = (x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory and _keeps(cfg, x))
+    found = next(fit, None)
     offer = "nothing fits: take a larger parallel.tensor"
     if found:
         more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.gpus > gpus)
