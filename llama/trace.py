@@ -92,15 +92,11 @@ def steps(events: Events) -> Iterator[Step]:
             phases[event["name"]].append(_span(event))
     for kind, span, _ in tasks:
         of[kind].append(span)
-    compute, communication = (
-        [span for kind in group for span in of[kind]] for group in (COMPUTATIONS, COLLECTIVES)
-    )
-    named = {name: re.fullmatch(r"step (\d+)", name) for name in phases}
-    marks = [
-        (span, int(match[1])) for name, match in named.items() if match for span in phases[name]
-    ]
+    compute = union(span for kind in COMPUTATIONS for span in of[kind])
+    communication = union(span for kind in COLLECTIVES for span in of[kind])
+    named = [name for name in phases if re.fullmatch(r"step \d+", name)]
     high = 0
-    for (begin, done), number in sorted(marks):
+    for (begin, done), number in sorted((s, int(name[5:])) for name in named for s in phases[name]):
         low = max(begin, high)
         # a GPU goes on with what it was given when the host is already in the next step
         high = max([high, done, *(span[1] for _, span, asked in tasks if begin <= asked < done)])
@@ -175,11 +171,11 @@ def main(argv: list[str]) -> int:
     parser = cli.parser("python -m llama.trace", "Where the time of recorded steps went.")
     parser.add_argument("run", type=Path, help="A run folder.")
     run = parser.parse_args(argv).run
-    named = {p: re.match(r"rank-(\d+)-steps-(\d+)", p.name) for p in run.glob("profile/*.json.gz")}
-    traces = sorted((int(m[1]), int(m[2]), path) for path, m in named.items() if m)
+    paths = run.glob("profile/rank-*-steps-*.json.gz")
+    traces = sorted(([int(n) for n in re.findall(r"\d+", path.name)], path) for path in paths)
     if not traces:
         raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
-    for rank, _, path in traces:
+    for (rank, *_), path in traces:
         print("\n\n".join(show(rank, read(path))) + "\n")
     return 0
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import costs
 from llama.cli import UserError
-from llama.config import Bytes, Config, ModelConfig
+from llama.config import Bytes, Config, ModelConfig, ParallelConfig
 from llama.costs import Layout
 from llama.model import Transformer, TransformerBlock
 from llama.parallel import fsdp, manual, recompute
@@ -254,7 +254,7 @@ def sent_in_a_step(mode: str) -> list[tuple[str, int]]:
         with torch.device("meta"):
             made = Transformer(ModelConfig(dim=64, n_layers=3, n_heads=4, vocab_size=64))
         recompute.apply(made, [mode] * 3)
-        fsdp.apply(made, init_device_mesh("cpu", (4,)), torch.bfloat16)
+        fsdp.apply(made, init_device_mesh("cpu", (4,)), torch.bfloat16, ParallelConfig())
         made.to_empty(device="cpu")
         with Sent() as sent:
             losses, _ = made(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9).long())

@@ -330,6 +330,22 @@ def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:
         layouts.configured(run_config("llama_65b", shard=8), 8, A100, 0.78)
 
 
+def test_whole_gradients_of_65b_are_refused() -> None:
+    cfg = run_config("llama_65b", shard=128, accumulate="unsharded")
+    # 4 windows a process: with one a pass, 261 GB of gradients wait for the last
+    said = "train.micro_batch 1 takes 316\\.. GB on .* and parallel.accumulate sharded takes"
+    with pytest.raises(UserError, match=said):
+        layouts.configured(cfg, 512, A100, 0.78)
+    at = replace(layouts.resolve(cfg, 512), micro_batch=1)
+    assert at.accumulates
+    gradients = max(part["gradients"] for part in costs.memory(cfg.model, at).values())
+    assert gradients == 4 * costs.parameters(cfg.model)
+    # with one pass there is nothing to wait for
+    cfg.parallel.recompute = "full"
+    assert layouts.configured(cfg, 512, A100, 0.78).layout.micro_batch == 4
+    layouts.configured(run_config("llama_65b", shard=128, accumulate="sharded"), 512, A100, 0.78)
+
+
 def test_what_a_run_is_held_to() -> None:
     cfg = run_config("llama_7b", shard=8)
     found = layouts.expected(cfg, 4, 8, "NVIDIA A100-SXM4-80GB")

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ class Loader:
     def __init__(self, sources: Mapping[str, Source], order: Order, pin: bool = True) -> None:
         self.sources, self.order = sources, order
         self.pin = pin and torch.cuda.is_available()
-        self._aside = torch.cuda.Stream() if self.pin else None
+        self._aside: Any = torch.cuda.Stream() if self.pin else None
         self.waited_s = 0.0
         self._reading = "nothing yet"
         self._stop: Callable[[], None]

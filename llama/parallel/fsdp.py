@@ -8,6 +8,7 @@ before a block begins, and a block's gradients are reduced while the one before 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,15 +77,14 @@ def apply(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if dtype == torch.float32:
         policy = MixedPrecisionPolicy()
-    layers: nn.ModuleList = model.layers  # type: ignore[assignment]
-    for block in layers:
+    blocks: Any = list(model.layers)  # type: ignore[arg-type]
+    for block in blocks:
         fully_shard(block, mesh=device_mesh, mp_policy=policy, reshard_after_forward=cfg.reshard)
     # the root's parameters are used first and last: gathering them twice buys no memory
     fully_shard(model, mesh=device_mesh, mp_policy=policy, reshard_after_forward=False)
-    backward = FSDPModule.set_modules_to_backward_prefetch
     for ask, order in (
-        (FSDPModule.set_modules_to_forward_prefetch, [model, *layers]),
-        (backward, [model, *reversed(layers)]),
+        (FSDPModule.set_modules_to_forward_prefetch, [model, *blocks]),
+        (FSDPModule.set_modules_to_backward_prefetch, [model, *blocks[::-1]]),
     ):
         for i, unit in enumerate(order):
             ask(unit, order[i + 1 : i + 1 + cfg.prefetch])
@@ -92,14 +92,10 @@ def apply(
 
 def prepare(model: nn.Module, cfg: ParallelConfig, last: bool) -> None:
     """Before each micro-batch, the `last` of a step or not: what its backward pass leaves."""
-    if not isinstance(model, FSDPModule):
-        return
-    if not cfg.reshard:
-        model.set_reshard_after_backward(last)
-    if cfg.accumulate == "unsharded":
-        model.set_requires_gradient_sync(last)
-    elif cfg.accumulate == "replica_deferred":
-        model.set_requires_all_reduce(last)
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_backward(last or cfg.reshard)
+        model.set_requires_gradient_sync(last or cfg.accumulate != "unsharded")
+        model.set_requires_all_reduce(last or cfg.accumulate == "sharded")
 
 
 def reshard(model: nn.Module) -> None:

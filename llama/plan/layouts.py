@@ -97,18 +97,19 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         for n in reversed(micro_batches(cfg, at))
         if auto or n <= at.micro_batch
     ]
+    tried += [replace(x, accumulate="sharded", reshard=True) for x in tried]
     for n in range(1, 12):
         # of the same GPUs where there are replicas to give up, else of more
         replicate = at.replicate >> n if at.replicate % (1 << n) == 0 else at.replicate
         larger = replace(at, shard=at.shard << n, replicate=replicate)
         tried += [replace(larger, recompute=mode) for mode in (at.recompute, "full")]
-    found = next(
-        (x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory and _keeps(cfg, x)),
-        None,
-    )
+    fit = (x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory and _keeps(cfg, x))
+    found = next(fit, None)
     offer = "nothing fits: take a larger parallel.tensor"
     if found:
         more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.shard > at.shard)
+        more += " and parallel.accumulate sharded" * (found.accumulate != at.accumulate)
+        more += " and parallel.reshard true" * (found.reshard != at.reshard)
         offer = (
             f"train.micro_batch {found.micro_batch} with parallel.recompute {found.recompute}"
             f"{more} takes {show_bytes(costs.needed(cfg.model, found))}"

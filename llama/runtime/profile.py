@@ -66,8 +66,9 @@ def _recording(state: State, clock: Clock) -> Iterator[None]:
                 os.replace(f"{path}.part.gz", f"{path}.json.gz")
                 if cuda:
                     torch.cuda.memory._dump_snapshot(f"{path}.pickle")
-                    torch.cuda.memory._record_memory_history(enabled=None)
                 without = "" if cuda else " (no memory snapshot: a CPU has none)"
                 here.say(f"steps {first} to {state.step} are in {folder}{without}")
             except (OSError, RuntimeError) as error:
                 print(f"WARNING: {path} cannot be written ({error}); training goes on")
+            if cuda:
+                torch.cuda.memory._record_memory_history(enabled=None)
