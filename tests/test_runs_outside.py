@@ -6,12 +6,12 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -297,22 +297,27 @@ def test_a_working_folder_that_is_deleted_is_told(place: Path, tmp_path: Path) -
 # -- loggers ---------------------------------------------------------------------------------------
 
 
+class _Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *rest: object) -> None: ...
+
+
 def test_an_unreachable_server_means_offline_at_once(tmp_path: Path, monkeypatch, capsys) -> None:
     wandb = pytest.importorskip("wandb")
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    server = HTTPServer(("127.0.0.1", 0), _Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     asked = []
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["mode"]))
     monkeypatch.setattr(type(wandb.api), "api_key", "k" * 40, raising=False)
-    address = f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(metrics, "_answers", lambda url, real=metrics._answers: real(address))
-    for proxies in ({}, {"https": "http://127.0.0.1:9"}):
-        monkeypatch.setattr(metrics, "getproxies", lambda proxies=proxies: proxies)
-        metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
-        free.close()
-        metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
-    # it answers; then it does not; through a proxy it might
-    assert asked == ["online", "offline", "online", "online"]
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
+    server.shutdown()
+    server.server_close()
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
+    assert asked == ["online", "offline"]
     assert capsys.readouterr().out.count("does not answer: logging offline") == 1
 
 
