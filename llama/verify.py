@@ -93,7 +93,7 @@ def check_shards(cfg: Config, recorded: dict[str, str], report: Report) -> None:
 
 def recorded_rows(run: Path) -> dict[int, dict[str, Any]]:
     """Log rows of metrics.jsonl by step."""
-    rows = {}
+    rows: dict[int, dict[str, Any]] = {}
     with suppress(FileNotFoundError):
         for line in (run / "metrics.jsonl").read_bytes().splitlines():
             with suppress(orjson.JSONDecodeError):  # the last one, torn by a kill
