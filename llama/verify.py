@@ -10,13 +10,12 @@ this: `torchrun --nproc-per-node 8 -m llama.verify RUN`.
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import product, takewhile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,27 +58,6 @@ class Report:
         return found is None
 
 
-@dataclass
-class Evidence:
-    """A checkpoint to start from, and what the run has recorded of the steps behind it.
-
-    Args:
-        step: The checkpoint's step; the first one trained again comes after it.
-        end: The last step trained again.
-        rows: Rows of metrics.jsonl by step.
-        ends: Later checkpoints on the way.
-        cfg: What the steps were trained with.
-        made_by: Where they were trained, as `llama.runtime.state.made_by` says it.
-    """
-
-    step: int
-    end: int
-    rows: dict[int, dict[str, Any]]
-    ends: list[int]
-    cfg: Config
-    made_by: dict[str, Any]
-
-
 # -- what is on disk -------------------------------------------------------------------------------
 
 
@@ -113,91 +91,89 @@ def check_shards(cfg: Config, recorded: dict[str, str], report: Report) -> None:
         report.add(f"{name}/{split}", f"hashes of {n} shards", problem, "as made")
 
 
-def evidence(run: Path, whole: dict[int, Path], steps: int | None, only: Path | None) -> Evidence:
-    """The newest checkpoint with so many recorded steps behind it, or with as many as there are.
-
-    `whole` are the run's undamaged checkpoints by step, `only` names the one to start from. Goes at
-    least to the next thing recorded; raises `UserError` where there is none.
-    """
+def recorded_rows(run: Path) -> dict[int, dict[str, Any]]:
+    """Log rows of metrics.jsonl by step, without those that a rewind took back."""
     read: list[dict[str, Any]] = []
     with suppress(FileNotFoundError):
         for line in (run / "metrics.jsonl").read_bytes().splitlines():
             with suppress(orjson.JSONDecodeError):  # the last one, torn by a kill
                 read.append(orjson.loads(line))
-    rows = {row["step"]: row for row in metrics.lineage(read) if "loss" in row}
-    recorded = {n: checkpoint.read_state(path) for n, path in whole.items()}
+    return {row["step"]: row for row in metrics.lineage(read) if "loss" in row}
 
-    def reached(step: int) -> tuple[list[int], int]:
-        """Later checkpoints that were trained as the next one was, and where that ends."""
-        later = sorted(n for n in whole if n > step)
-        how = [[recorded[n].get(key) for key in ("config", "made_by")] for n in later]
-        alike = [
-            n for n, _ in takewhile(lambda pair: pair[1] == how[0], zip(later, how, strict=True))
-        ]
-        return alike, alike[-1] if alike else max([step, *rows])
 
-    starts = {n: reached(n) for n in whole if only in (None, whole[n]) and reached(n)[1] > n}
+def choose(
+    whole: dict[int, Path], rows: dict[int, Any], steps: int | None, only: Path | None
+) -> tuple[int, int]:
+    """(step to start from, last step): the newest checkpoint with so many recorded steps behind it.
+
+    `whole` are the undamaged checkpoints by step, `only` names the one to start from. Goes no
+    further than the next checkpoint, and at least to the next thing recorded.
+    """
+    last = max(rows, default=0)
+    limits = {n: min((m for m in whole if m > n), default=last) for n in whole}
+    starts = [n for n in whole if limits[n] > n and only in (None, whole[n])]
     if not starts:
         raise UserError(
             f"nothing is recorded behind {only or whole[max(whole)]}: a run proves itself with two "
             "checkpoints, or rows behind its last one; --steps 0 checks the files alone"
         )
-    step = max([n for n in starts if n + (steps or 1) <= starts[n][1]], default=min(starts))
-    later, limit = starts[step]
-    first = min(n for n in (*rows, *later) if n > step)
-    if not steps:
-        steps = later[0] - step if later and later[0] - step <= NEAR_STEPS else FAR_STEPS
-    end = min(max(step + steps, first), limit)
-    origin = recorded[later[0] if later else step]
-    made = dict(origin.get("made_by", {}))
+    step = max(starts, key=lambda n: (min(limits[n] - n, steps or 1), n))
+    limit = limits[step]
+    first = min(n for n in (limit, *rows) if n > step)
+    steps = steps or (limit - step if limit - step <= NEAR_STEPS else FAR_STEPS)
+    return step, min(max(step + steps, first), limit)
+
+
+def circumstances(run: Path, whole: dict[int, Path], step: int) -> tuple[Config, dict[str, Any]]:
+    """What the steps behind a checkpoint were trained with, and where: `made_by` of the state."""
+    later = min((n for n in whole if n > step), default=None)
+    saved = checkpoint.read_state(whole[later or step])
+    made = saved.get("made_by", {})
     if later:
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "config.yaml"
-            files.write_json(path, origin["config"])
-            cfg = config.load(["--config", str(path)])
-    else:
-        # rows behind the last checkpoint are of the last start, as these two files are
-        cfg, last_start = config.of_run(run), files.read_object(run / "env.json")
-        made |= {key: last_start[key] for key in made if key in last_start}
-    return Evidence(
-        step, end, {n: row for n, row in rows.items() if step < n <= end}, later, cfg, made
-    )
+        return config.load([f"--{k}={_text(v)}" for k, v in saved["config"].items()]), made
+    # rows behind the last checkpoint are of the last start, as these two files are
+    latest = files.read_object(run / "env.json")
+    return config.of_run(run), made | {key: latest[key] for key in made if key in latest}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 # -- training again --------------------------------------------------------------------------------
 
 
-def replay(state: State, found: Evidence, whole: dict[int, Path], report: Report) -> None:
-    """Train the recorded steps again and report every difference."""
-    restore(state, whole[found.step])
-    here, end, tolerance = state.world, found.end, 0.0
-    if why_not := reasons(state, found):
-        end, tolerance = min(end, found.step + OTHER_WORLD_STEPS), TOLERANCE[state.dtype]
+def replay(
+    state: State, whole: dict[int, Path], rows: dict[int, Any], end: int, made: Any, report: Report
+) -> None:
+    """Train the steps behind the state's again, to `end`, and report every difference."""
+    here, first, tolerance = state.world, state.step + 1, 0.0
+    if why_not := reasons(state, made):
+        end, tolerance = min(end, state.step + OTHER_WORLD_STEPS), TOLERANCE[state.dtype]
         here.say(f"bits are not compared, for {'; '.join(why_not)}")
-    steps = f"steps {found.step + 1} to {end}"
-    here.say(f"{steps} are trained again, from {whole[found.step]}\n{metrics.HEADER}")
+    here.say(f"steps {first} to {end} are trained again\n{metrics.HEADER}")
     apart: list[tuple[float, str]] = []
     reader, clock = loader.Loader(state.sources, state.order), metrics.Clock(state.tokens)
     for _, tokens, source in reader.steps(state.step, end, partial(train.rows_of, state)):
         measured = train.step(state, tokens, source)
         if train.is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
-            apart += differences(found.rows.get(state.step, {}), row)
-        if state.step in found.ends and not why_not:
-            compare_checkpoint(state, whole[state.step], report)
+            apart += differences(rows.get(state.step, {}), row)
     reader.close()
-    compared = sum(n <= end for n in found.rows)
-    if why_not and not compared:
-        raise UserError(f"no row of metrics.jsonl lies between steps {found.step} and {end}")
+    if end in whole and not why_not:
+        compare_checkpoint(state, whole[end], report)
+    compared = sum(first <= n <= end for n in rows)
     problem = next((text for much, text in apart if much > tolerance), None)
+    if why_not and not compared:
+        problem = "nothing but bits could be compared"
     worst = max((much for much, _ in apart), default=0.0)
     good = f"equal to {tolerance:.0e}, largest difference {worst:.0e}" if why_not else "bit-equal"
-    report.add(steps, f"{compared} rows of metrics.jsonl", problem, good)
+    report.add(f"steps {first} to {end}", f"{compared} rows of metrics.jsonl", problem, good)
 
 
-def reasons(state: State, found: Evidence) -> list[str]:
+def reasons(state: State, made: dict[str, Any]) -> list[str]:
     """Why these steps may have other bits here than where they were first trained."""
-    why = config.differences(found.made_by, made_by(state))
+    why = config.differences(made, made_by(state))
     deterministic = state.cfg.kernels.deterministic and state.backend in REPEATABLE
     if state.world.device.type == "cuda" and not deterministic:
         why.append(f"the backward pass of {state.backend} on a GPU sums in any order")
@@ -261,14 +237,17 @@ def verify(path: Path, steps: int | None, hashes: bool, data: str | None) -> int
             newest = checkpoint.read_state(whole[max(whole)])
             check_shards(latest, newest["fingerprints"]["data"], report)
         if steps != 0:
-            found = evidence(run, whole, steps, only)
-            cfg = found.cfg
+            rows = recorded_rows(run)
+            step, end = choose(whole, rows, steps, only)
+            cfg, made = circumstances(run, whole, step)
             cfg.data.path, cfg.train.init_from = latest.data.path, None
-            if found.made_by.get("processes") == here.size:
-                cfg.train.micro_batch = found.made_by["micro_batch"]
+            if made.get("processes") == here.size:
+                cfg.train.micro_batch = made["micro_batch"]
             else:
                 cfg.parallel = ParallelConfig(recompute=cfg.parallel.recompute)
-            replay(train.build(cfg, here, run), found, whole, report)
+            state = train.build(cfg, here, run)
+            restore(state, whole[step])
+            replay(state, whole, rows, end, made, report)
     here.say(f"{report.faults} faults" if report.faults else f"{run} is what it was")
     return int(report.faults > 0)
 

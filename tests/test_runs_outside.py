@@ -6,12 +6,12 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,7 +83,7 @@ def n_rows():
     return path.read_bytes().count(b"\\n") if path.exists() else 0
 
 def fill():
-    while n_rows() < 5:
+    while n_rows() < 22:
         time.sleep(0.001)
     with open(filler, "wb", buffering=0) as file:
         try:
@@ -91,9 +91,8 @@ def fill():
                 file.write(bytes(4096))
         except OSError:
             os.write(2, b"the disk is full\\n")
-    # a save and some rows fail meanwhile
-    wanted = (b"cannot be written", b"of step 8 failed")
-    while not all(text in Path("{told}").read_bytes() for text in wanted):
+    # a save fails meanwhile
+    while b"of step 40 failed" not in Path("{told}").read_bytes():
         time.sleep(0.001)
     filler.unlink()
     os.write(2, b"the disk has room\\n")
@@ -112,9 +111,13 @@ def test_a_disk_full_under_everything_costs_no_step(place: Path, tmp_path: Path,
         pytest.skip("no mount of its own is allowed here (unshare -rm)")
     disk, told = tmp_path / "disk", tmp_path / "told"
     disk.mkdir()
-    # slow enough for the disk to be filled while it runs
-    options = {"train.tokens": 256 * 60, "checkpoint.keep": 1, "data.path": place / "tokens",
-               "data.mixture": place / "mixture.yaml"}  # fmt: skip
+    options = {
+        "train.tokens": 256 * 90,
+        "checkpoint.every": 20,
+        "checkpoint.keep": 1,
+        "data.path": place / "tokens",
+        "data.mixture": place / "mixture.yaml",
+    }
     code = FULL.format(
         tests=ROOT / "tests", disk=disk, told=told, options={k: str(v) for k, v in options.items()}
     )
@@ -131,17 +134,17 @@ def test_a_disk_full_under_everything_costs_no_step(place: Path, tmp_path: Path,
     said = told.read_text()
     assert done.returncode == 0, said
     assert (
-        "of step 8 failed: rank 0: no space left on the disk" in said
+        "of step 40 failed" in said
+        and "0 B free on the disk" in said
         and "the disk has room" in said
     )
-    assert "metrics.jsonl cannot be written: No space left on device" in said
     run = tmp_path / "kept/full"
     # the buffer of the record is written when there is room again
-    assert [row["step"] for row in rows(run)] == list(range(1, 61))
-    assert checkpoint.newest(run).name == "step-00000060"
+    assert [row["step"] for row in rows(run)] == list(range(1, 91))
+    assert checkpoint.newest(run).name == "step-00000090"
     assert json.loads((run / "EXIT_REASON").read_text())["exit"] == "done"
-    score("outside.steps", 60, ">= 60")
-    score("outside.lost", 60 - len(rows(run)), "0")
+    score("outside.steps", 90, ">= 90")
+    score("outside.lost", 90 - len(rows(run)), "0")
 
 
 def test_a_terminal_on_a_full_disk_ends_nothing(place: Path) -> None:
@@ -294,22 +297,27 @@ def test_a_working_folder_that_is_deleted_is_told(place: Path, tmp_path: Path) -
 # -- loggers ---------------------------------------------------------------------------------------
 
 
+class _Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *rest: object) -> None: ...
+
+
 def test_an_unreachable_server_means_offline_at_once(tmp_path: Path, monkeypatch, capsys) -> None:
     wandb = pytest.importorskip("wandb")
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    server = HTTPServer(("127.0.0.1", 0), _Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     asked = []
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["mode"]))
     monkeypatch.setattr(type(wandb.api), "api_key", "k" * 40, raising=False)
-    address = f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(metrics, "_answers", lambda url, real=metrics._answers: real(address))
-    for proxies in ({}, {"https": "http://127.0.0.1:9"}):
-        monkeypatch.setattr(metrics, "getproxies", lambda proxies=proxies: proxies)
-        metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
-        free.close()
-        metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
-    # it answers; then it does not; through a proxy it might
-    assert asked == ["online", "offline", "online", "online"]
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
+    server.shutdown()
+    server.server_close()
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
+    assert asked == ["online", "offline"]
     assert capsys.readouterr().out.count("does not answer: logging offline") == 1
 
 
@@ -336,7 +344,7 @@ def test_loggers_that_fail_cost_no_step(place: Path, monkeypatch, score, capsys)
     runs = [Path("runs") / name for name in ("unreachable", "orphaned")]
     for run in runs:
         _same(run)
-    score("outside.steps", STEPS * len(runs), ">= 60")
+    score("outside.steps", STEPS * len(runs), ">= 90")
     score("outside.lost", sum(STEPS - len(rows(run)) for run in runs), "0")
 
 

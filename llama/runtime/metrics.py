@@ -7,15 +7,14 @@ tensorboard get the same rows; neither can stop a run.
 """
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import orjson
 
@@ -170,13 +169,12 @@ def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
 
 
 def _answers(url: str) -> bool:
-    """Whether a server takes connections; behind a proxy only the attempt to log in can tell."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    """Whether a server does, directly or through the proxy that the environment names."""
     try:
-        socket.create_connection((parts.hostname, port), timeout=3).close()
+        with suppress(HTTPError):
+            urlopen(url, timeout=3).close()
     except OSError:
-        return bool(getproxies())
+        return False
     return True
 
 

@@ -132,7 +132,7 @@ def unpacked(data: bytes, limit: int) -> tuple[dict[str, str] | None, list[str]]
         return None, []
     contents: dict[str, bytes] = {}
     if data[257:262] == b"ustar" or (data[:1] != b"\\" and _is_tar(data)):
-        _unpack(data, limit, contents, nested=True)
+        _unpack(data, limit, contents)
         if not contents or all(name.endswith(".pdf") for name in contents):
             return (None if contents else {}), []
     else:
@@ -155,21 +155,26 @@ def _is_tar(data: bytes) -> bool:
         return False
 
 
-def _unpack(data: bytes, limit: int, contents: dict[str, bytes], nested: bool) -> None:
-    """Members by normalised name, in memory: no path of an archive ever reaches the disk."""
+def _unpack(data: bytes, limit: int, contents: dict[str, bytes], nested: int | None = None) -> int:
+    """Members by normalised name, in memory: no path of an archive ever reaches the disk.
+
+    Returns their bytes; those taken so far are given for an archive that is `nested`.
+    """
+    total = nested or 0
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         for member in archive:
             name = posixpath.normpath(member.name)
             if not member.isfile() or not name.endswith((*_TEX, ".pdf", ".tar")):
                 continue
-            if member.size + sum(map(len, contents.values())) > limit:
+            if member.size + total > limit:
                 raise _TooLarge
             file = archive.extractfile(member)
             content = file.read() if file and not name.endswith(".pdf") else b""
-            if name.endswith(".tar") and nested:
-                _unpack(content, limit, contents, nested=False)
+            if name.endswith(".tar") and nested is None:
+                total = _unpack(content, limit, contents, nested=total)
             elif not name.endswith(".tar"):
-                contents[name] = content
+                contents[name], total = content, total + len(content)
+    return total
 
 
 def _decoded(content: bytes) -> tuple[str, str]:

@@ -177,7 +177,8 @@ def _zip(path: str) -> Iterator[Member]:
 
 def _members(piece: Piece) -> Iterator[Member]:
     for member in {"tree": _tree, "tar": _tar, "zip": _zip}[piece.format](piece.path):
-        yield member._replace(path=posixpath.normpath(printable(member.path)))
+        # from the root on, the search for a folder's licence would never end
+        yield member._replace(path=posixpath.normpath(printable(member.path)).lstrip("/"))
 
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:

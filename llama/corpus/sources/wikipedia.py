@@ -11,6 +11,7 @@ Quarantined: `xml` (a page cut off), `damaged` (the rest of a stream).
 
 import bz2
 import html
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -101,6 +102,7 @@ def _chunks(path: str, format: str, begin: int = 0, size: int | None = None) -> 
     with open(path, "rb") as file:
         file.seek(begin)
         data, at, end = b"", begin, None if size is None else begin + size
+        left = raw.expansion_limit(os.fstat(file.fileno()).st_size)
         while True:
             # the next stream's first bytes
             while not (match := _STREAM.search(data)):
@@ -116,6 +118,9 @@ def _chunks(path: str, format: str, begin: int = 0, size: int | None = None) -> 
                 if not data and stream.needs_input and not (data := file.read(raw.CHUNK_BYTES)):
                     raise EOFError(f"the last stream is cut off at byte {file.tell()}")
                 if chunk := stream.decompress(data, raw.CHUNK_BYTES):
+                    if (left := left - len(chunk)) < 0:
+                        times = f"expands more than {raw.MAX_RATIO} times"
+                        raise ValueError(f"{times}: taken for a bomb")
                     yield chunk
                 data = b""
             data = stream.unused_data
