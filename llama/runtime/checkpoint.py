@@ -122,6 +122,8 @@ def damage(path: Path, hashes: bool = True, part: int = 0, parts: int = 1) -> st
             return f"{MANIFEST} is not what was written"
         listed: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in sorted(listed.items())[part::parts]:
+            if "/" in name:
+                return f"{name} is no file of a checkpoint"
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}"
@@ -155,29 +157,30 @@ def save(
     `prune` says which older ones stay. A failure on one rank removes the folder, leaves every older
     checkpoint alone, and is the same text on every rank: training may go on.
     """
-    place, final = folder(run), path_of(run, step)
+    final = path_of(run, step)
 
     def make() -> Path:
-        part = place / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
+        sweep(run)
+        part = final.with_name(f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}")
         part.mkdir(parents=True)
         faults.point("ckpt.folder", step=step)
         return part
 
     part, problem = world.broadcast(_attempt(make) if world.leads else None)
-    if problem:
-        return str(problem)
-    written, problem = _attempt(lambda: _write_rank(part, step, tensors, world))
-    results = world.gather((written, problem))
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
-    if world.leads and not problems:
-        every = {name: entry for entries, _ in results for name, entry in entries.items()}
-        _, problem = _attempt(lambda: _publish(part, final, step, every, state))
-        problems += [problem] if problem else []
-    if world.leads and problems:
+    if not problem:
+        written, problem = _attempt(lambda: _write_rank(part, step, tensors, world))
+        results = world.gather((written, problem))
+        problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
+        if world.leads and not problems:
+            every = {name: entry for entries, _ in results for name, entry in entries.items()}
+            _, problem = _attempt(lambda: _publish(part, final, step, every, state))
+        # thousands of ranks tell the same of one disk
+        problem = "; ".join(problems[:3]) or problem
+    if world.leads and problem:
         # DCP hides a full disk behind a broken write position
-        problems.append(f"{show_bytes(files.free_bytes(place))} free on the disk")
-        shutil.rmtree(part, ignore_errors=True)
-    verdict: str | None = world.broadcast("; ".join(problems) or None)
+        problem = f"{problem} ({show_bytes(files.free_bytes(run))} free on the disk)"
+        _attempt(lambda: sweep(run))
+    verdict: str | None = world.broadcast(problem)
     if not verdict and world.leads:
         _, problem = _attempt(lambda: prune(run, keep, keep_every))
         if problem:
@@ -270,7 +273,8 @@ def _publish(
 
 def _free_name(place: Path, word: str) -> Path:
     number = 0
-    while (path := place / f"{word}-{number}").exists():
+    # a link to nowhere has its name, too
+    while os.path.lexists(path := place / f"{word}-{number}"):
         number += 1
     return path
 
