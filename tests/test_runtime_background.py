@@ -95,7 +95,7 @@ def test_failures_are_said_and_three_in_a_row_stop(tmp_path: Path, here, arm, ca
     arm("ckpt.hashed:action=eio")
     assert save(2) and save(3)
     said = capsys.readouterr().out
-    assert "WARNING: the checkpoint of step 2 failed: rank 0: OSError: [Errno 5]" in said
+    assert "WARNING: the checkpoint step-00000002 failed: rank 0: OSError: [Errno 5]" in said
     assert os.listdir(checkpoint.folder(tmp_path)) == ["step-00000001"]
     arm("")
     assert save(4)
@@ -115,7 +115,7 @@ def test_what_escapes_from_the_thread_is_a_failure_too(
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: 1 / 0)
     assert saver.save(tmp_path, 1, plain(1), {"step": 1}, here, CFG, wait=False)
     saver.finish()
-    assert "step 1 failed: ZeroDivisionError" in capsys.readouterr().out
+    assert "step-00000001 failed: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_in_the_foreground_where_that_is_asked_for(tmp_path: Path, here) -> None:

@@ -214,9 +214,9 @@ def _write_rank(
     writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=False)
     writer.fs = _Files()
     dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
-    faults.point("ckpt.written", part / f"__{world.rank}_0.distcp", step=step)
+    faults.point("ckpt.written", step=step)
     entries = {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
-    faults.point("ckpt.hashed", part / f"__{world.rank}_0.distcp", step=step)
+    faults.point("ckpt.hashed", step=step)
     return entries
 
 
@@ -226,16 +226,16 @@ class _Files(FileSystem):
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         with super().create_stream(path, mode) as stream:
-            faults.point("file.opened", path, name=Path(path).name)
+            faults.point("file.opened", name=Path(path).name)
             yield stream
-        faults.point("file.written", path, name=Path(path).name)
+        faults.point("file.written", name=Path(path).name)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        faults.point("file.synced", path, name=Path(path).name)
+        faults.point("file.synced", name=Path(path).name)
 
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
-        faults.point("file.renamed", new_path, name=Path(new_path).name)
+        faults.point("file.renamed", name=Path(new_path).name)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _publish(
 ) -> None:
     """Complete the folder and give it its name; only rank 0, only when all ranks have written."""
     files.write_json(part / STATE, state)
-    faults.point("ckpt.state", part / STATE, step=step)
+    faults.point("ckpt.state", step=step)
     for name in (STATE, METADATA):
         every[name] = _entry(part / name)
     present = {path.name for path in part.iterdir()}
@@ -255,7 +255,7 @@ def _publish(
         raise OSError(f"the files on disk are not those written: {sorted(present ^ set(every))}")
     manifest: dict[str, Any] = {"format": 1, "step": step, "files": every}
     files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
-    faults.point("ckpt.listed", part / MANIFEST, step=step)
+    faults.point("ckpt.listed", step=step)
     files.fsync_folder(part)
     faults.point("ckpt.synced", step=step)
     if final.exists():
@@ -341,13 +341,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Fill `tensors` in place, resharding as needed; all ranks call it together."""
-    problem = None
-    try:
-        dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        problem = _reason(error)
+    reader, group = Reader(path), world.control
+    _, problem = _attempt(
+        lambda: dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+    )
     if problem:
         raise UserError(f"{path} cannot be loaded into this model: {problem}")
 
