@@ -1,8 +1,9 @@
 """Processes that save and are killed: torch is imported once, each process is a fork.
 
 `python tests/made_saves.py WHAT FOLDER SEED TIMES` prints one JSON object of figures. WHAT is
-`kills` (SIGKILL at random moments), `points` (SIGKILL at every passing of every named point, by one
-process and by each of two), `torch_save` or `dcp_save` (what saving in place comes to).
+`kills` (SIGKILL at random moments), `points` (SIGKILL at named points, of one process and of each
+of two), `two` (two checkpoints that two processes save), `collectives` (two processes that talk to
+each other while they save), `torch_save` or `dcp_save` (what saving in place comes to).
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -177,59 +179,75 @@ def scenario(run: Path, tell) -> None:
     world.stop()
 
 
+def start(
+    size: int, work: Callable[[Callable[[object], None]], None], armed: str = ""
+) -> tuple[list[tuple[int, object]], int]:
+    """Start so many ranks with faults armed; returns them and a file with what they say."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    log = os.memfd_create("log")
+    children = []
+    for rank in range(size):
+        given = {faults.VARIABLE: armed, "GLOO_SOCKET_IFNAME": "lo"}
+        if size > 1:
+            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            given |= {"WORLD_SIZE": str(size), "RANK": str(rank)}
+
+        def rank_work(tell, given=given) -> None:
+            os.environ |= given
+            os.dup2(log, 2)
+            work(tell)
+
+        children.append(fork(rank_work))
+    return children, log
+
+
+def read(log: int) -> str:
+    os.lseek(log, 0, 0)
+    return os.read(log, 1 << 20).decode()
+
+
 def points(place: Path, chance: random.Random, times: int) -> dict[str, object]:
     """Kill at the first, second, ... point that a process passes, until it passes all of them.
 
-    Of two processes at every `times`-th.
+    With `times` above 1 one process at each named point, and of two each at every `times`-th.
     """
-    found: dict[str, object] = {"kills": 0, "lost": 0}
+    answer(lambda: before(place / "before", world.start()))
+    found = {"kills": 0, "lost": 0}
     struck = set()
+
+    def kill(size: int, victim: int, where: str) -> bool:
+        run = place / "run"
+        shutil.copytree(place / "before", run)
+        # something in the way of step 3
+        (checkpoint.path_of(run, 3) / "x").mkdir(parents=True)
+        armed = f"{where},rank={victim},action=kill"
+        children, log = start(size, lambda tell: scenario(run, tell), armed)
+        told, codes = _end(children, victim)
+        said = read(log)
+        os.close(log)
+        struck.update(line.split()[1] for line in said.splitlines() if line.startswith("FAULT"))
+        killed = codes[victim] == -signal.SIGKILL
+        if killed:
+            good, newest = answer(lambda: _swept(run, told))
+            found["kills"] += 1
+            found["lost"] += not good
+            print("" if good else f"{size} {armed}: told {told}, found {newest}: {said}")
+        else:
+            assert codes == [0] * size and told == 5, said
+        shutil.rmtree(run)
+        return killed
+
     for size, victim in ((1, 0), (2, 0), (2, 1)):
-        stride = times if size > 1 else 1
-        number = chance.randint(1, stride) - stride
-        while True:
-            number += stride
-            run = place / f"{size}-{victim}-{number}"
-            shutil.copytree(place / "before", run)
-            # something in the way of step 3
-            (checkpoint.path_of(run, 3) / "x").mkdir(parents=True)
-            with socket.create_server(("127.0.0.1", 0)) as server:
-                port = server.getsockname()[1]
-            os.environ[faults.VARIABLE] = f"*:rank={victim},hit={number},action=kill"
-            if size > 1:
-                os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-                os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-            children = []
-            log = os.memfd_create("log")
-            for rank in range(size):
-                if size > 1:
-                    os.environ["RANK"] = str(rank)
-
-                def work(tell, run=run, log=log) -> None:
-                    os.dup2(log, 2)
-                    scenario(run, tell)
-
-                children.append(fork(work))
-            for name in (faults.VARIABLE, "WORLD_SIZE", "RANK", "MASTER_PORT"):
-                os.environ.pop(name, None)
-            told, codes = _end(children, victim)
-            os.lseek(log, 0, 0)
-            said = os.read(log, 1 << 20).decode()
-            os.close(log)
-            struck |= {line.split()[1] for line in said.splitlines() if line.startswith("FAULT")}
-            if codes[victim] == -signal.SIGKILL:
-                found["kills"] += 1
-                good, newest = answer(lambda r=run, t=told: _swept(r, t))
-                if not good:
-                    found["lost"] += 1
-                    print(f"{run.name}: told {told}, found {newest}: {said}", file=sys.stderr)
-            else:
-                assert codes == [0] * size, said
-                assert told == 5
-                break
-            shutil.rmtree(run)
-    found["points"] = sorted(struck)
-    return found
+        if size == 1 and times > 1:
+            for point in faults.POINTS:
+                if point.startswith(("ckpt.", "file.", "start.")):
+                    assert kill(1, 0, f"{point}:hit=1"), point
+        else:
+            number = chance.randint(1, times)
+            while kill(size, victim, f"*:hit={number}"):
+                number += times
+    return found | {"points": sorted(struck)}
 
 
 def _swept(run: Path, told: int) -> object:
@@ -310,21 +328,62 @@ def in_place(place: Path, chance: random.Random, times: int, how: str) -> dict[s
     return {"kills": times, "lost": lost}
 
 
-def before(run: Path) -> None:
-    """Steps 1 and 2, saved by one process."""
-    here = world.start()
+def before(run: Path, here: world.World) -> None:
+    """Steps 1 and 2."""
     for step in (1, 2):
-        assert checkpoint.save(run, step, plain(step), {"step": step}, here, 2) is None
+        assert checkpoint.save(run, step, sharded(step, here), {"step": step}, here, 2) is None
+
+
+def two(place: Path, chance: random.Random, times: int) -> dict[str, object]:
+    """Steps 1 and 2, saved by two processes."""
+    children, log = start(2, lambda tell: before(place, world.start()))
+    _, codes = _end(children, 0)
+    assert codes == [0, 0], read(log)
+    return {}
+
+
+def collectives(place: Path, chance: random.Random, times: int) -> dict[str, object]:
+    """Two ranks save in the background and meanwhile use the default group and `control`."""
+
+    def work(tell) -> None:
+        here, saver = world.start(), background.Saver()
+        for step in range(1, times + 1):
+            tensors = sharded(step, here)
+            for _ in range(3):
+                total = torch.full((1000,), float(here.rank))
+                dist.all_reduce(total)
+                assert total[0] == 1.0 and here.largest(step * here.rank) == step
+                assert here.gather(here.rank) == [0, 1]
+            cfg = CheckpointConfig(keep=3)
+            assert saver.save(place, step, tensors, {"step": step}, here, cfg, step == times)
+            for tensor in tensors.values():
+                tensor.zero_()
+        assert saver.problem is None
+
+    children, log = start(2, work)
+    _, codes = _end(children, 0)
+    assert codes == [0, 0], read(log)
+    return {}
+
+
+def run_made_saves(what: str, place: Path, seed: int, times: int) -> dict:
+    """One of the programs here, in a process that has not joined a group; its figures."""
+    command = [sys.executable, __file__, what, str(place), str(seed), str(times)]
+    print(*command)
+    root = Path(__file__).parent.parent
+    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout, done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
+    programs = {"kills": kills, "points": points, "two": two, "collectives": collectives}
     what, place, seed, times = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     place.mkdir(parents=True, exist_ok=True)
-    if what == "points":
-        answer(lambda: before(place / "before"))
-        figures = points(place, random.Random(seed), times)
-    elif what == "kills":
-        figures = kills(place, random.Random(seed), times)
+    if what in programs:
+        figures = programs[what](place, random.Random(seed), times)
     else:
         figures = in_place(place, random.Random(seed), times, what)
     print(json.dumps(figures))

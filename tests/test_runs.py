@@ -197,6 +197,8 @@ def test_loss_falls_and_every_key_is_there(single: Run) -> None:
         "loss/code", "loss/mail", "val/code", "val/mail",
     }  # fmt: skip
     assert set(rows[-1]) == keys
+    # the row after a checkpoint says what its step waited
+    assert [row["step"] for row in rows if "checkpoint_stall_s" in row] == [5, 9, 13, 17]
     assert rows[-1]["tokens"] == 1024 * STEPS
     assert rows[-1]["lr"] == pytest.approx(5e-4) and rows[-1]["eta_s"] == 0
     assert max(row["lr"] for row in rows) == pytest.approx(5e-3)

@@ -3,40 +3,23 @@
 What is told to be saved must be there, bit for bit, whatever happens then.
 """
 
-import json
 import os
 import random
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from made_saves import loaded, plain
-from test_repo import ROOT
+from made_saves import loaded, plain, run_made_saves
 
 from llama import faults
 from llama.runtime import checkpoint, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(1800)]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def _run(what: str, place: Path, rng: random.Random, times: int) -> dict:
-    """One of the programs of made_saves.py; its seed is printed."""
-    seed = rng.randrange(10**6)
-    command = [sys.executable, str(ROOT / "tests/made_saves.py"), what, str(place)]
-    command += [str(seed), str(times)]
-    print(*command)
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_kills_at_random_moments_lose_nothing(tmp_path: Path, rng, scale, score) -> None:
-    found = _run("kills", tmp_path / "run", rng, scale(60, 1000))
+    found = run_made_saves("kills", tmp_path / "run", rng.randrange(10**6), scale(40, 1000))
     score("kills", found["kills"], ">= 1000")
     score("kills.lost", found["lost"], "0")
     assert found["lost"] == 0
@@ -45,7 +28,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path: Path, rng, scale, score)
 
 
 def test_kills_at_every_named_point_lose_nothing(tmp_path: Path, rng, scale, score) -> None:
-    found = _run("points", tmp_path, rng, scale(13, 1))
+    found = run_made_saves("points", tmp_path, rng.randrange(10**6), scale(20, 1))
     score("kills.points", found["kills"], ">= 150")
     score("kills.points.lost", found["lost"], "0")
     assert found["lost"] == 0
@@ -56,7 +39,7 @@ def test_kills_at_every_named_point_lose_nothing(tmp_path: Path, rng, scale, sco
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["torch_save", "dcp_save"])
 def test_saving_in_place_does_lose(how: str, tmp_path: Path, rng, score) -> None:
-    found = _run(how, tmp_path, rng, 150)
+    found = run_made_saves(how, tmp_path, rng.randrange(10**6), 150)
     score(f"kills.{how}", round(100 * found["lost"] / found["kills"]))
     assert found["lost"] > 0, "the harness finds nothing where there is something to find"
 
