@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-dev quickstart test test-fast test-all lint types size clean
+.PHONY: help env env-dev quickstart test test-fast test-all faults lint types size clean
 
 help:
 	@echo "make quickstart   environment, corpus, tokenizer, shards, training, sampled text"
@@ -19,6 +19,7 @@ help:
 	@echo "make test         lint, types and the tests that CI runs (20 minutes on 2 cores)"
 	@echo "make test-fast    the tests of under 2 minutes"
 	@echo "make test-all     every test, with the long ones"
+	@echo "make faults       kills, damage, full disks at full scale; writes docs/reliability.md"
 	@echo "make lint types   ruff; mypy"
 	@echo "make size         lines per file and the longest functions"
 
@@ -49,6 +50,12 @@ test-fast: env-dev
 
 test-all: env-dev lint types
 	$(PYTEST)
+
+# figures are shown also where tests fail
+faults: env-dev
+	@rm -f build/faults.jsonl
+	$(PYTEST) -m faults --faults build/faults.jsonl; failed=$$?; \
+	$(BIN)/python scripts/scorecard.py build/faults.jsonl && exit $$failed
 
 lint: env-dev
 	$(BIN)/ruff check .

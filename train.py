@@ -6,27 +6,31 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 """
 
 import gc
-import os
+import math
+import re
 import signal
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from kernels import attention
-from llama import cli, config, costs, files, optim
+from llama import cli, config, costs, faults, files, optim
 from llama.cli import UserError, show_bytes, show_count
 from llama.config import Config
 from llama.convert.load import load_weights, recognise
 from llama.data import loader, mixture, schedule, shards
 from llama.doctor import refuse_clashes
 from llama.model import Transformer
-from llama.parallel import apply
-from llama.plan import layouts
-from llama.runtime import console, folder, metrics, oom, signals, world
+from llama.parallel import apply, fsdp, layout
+from llama.plan import dry, layouts
+from llama.runtime import console, folder, metrics, oom, profile, rewind, signals, world
+from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 
 # by then neither compiling nor the first reads show in the speed
@@ -40,35 +44,44 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     """One optimizer step on this rank's windows: `tokens` (n, T+1) and their source index (n,).
 
-    Nothing here waits for the device. A non-finite loss or gradient on any rank leaves parameters
-    and moments of every rank as they are.
+    Nothing here waits for the device. A non-finite loss or gradient on any rank, or a spike that is
+    to be skipped, leaves parameters and moments of every rank as they are.
     """
     cfg, device = state.cfg, state.world.device
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
     tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
-    micro_batches = zip(
-        tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True
+    micro_batches = list(
+        zip(tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True)
     )
-    for windows, rows in micro_batches:
-        losses, counts = forward(state, windows)
+    for number, (windows, rows) in enumerate(micro_batches, 1):
+        fsdp.prepare(state.model, cfg.parallel, last=number == len(micro_batches))
+        with record_function("forward"):
+            losses, counts = forward(state, windows)
         # FSDP averages over ranks: the constant makes that the mean over the batch's tokens
-        (losses.sum() * (state.averaged_over / nominal)).backward()
-        stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
+        with record_function("backward"):
+            (losses.sum() * (state.averaged_over / nominal)).backward()
+        if state.place.tensor_rank == 0:
+            stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
+    faults.point("step.graded", next(state.model.parameters()).grad, step=state.step + 1)
     loss_sum, valid = stats.sum(dim=0)
+    state.saver.before_update()
+    # a batch may hold no target at all
+    valid = valid.clamp(min=1)
+    loss = loss_sum / valid
     norm, found_inf = optim.step(
         state.optimizer,
         lr=optim.learning_rate(cfg.optim, state.step, state.steps),
         clip=cfg.optim.clip,
         # masked targets make the mean one over fewer tokens than the constant assumed
-        grad_factor=nominal / valid.clamp(min=1),
-        loss=loss_sum,
+        grad_factor=nominal / valid,
+        judge=partial(state.guard.judge, loss),
     )
     state.optimizer.zero_grad(set_to_none=True)
     state.window += torch.where(found_inf.bool(), 0.0, stats)
     state.step += 1
-    return Step(loss_sum / valid, norm)
+    return Step(loss, norm)
 
 
 def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +93,16 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
         doc_ids = loader.document_ids(inputs, state.eos_id)
     if not data.boundary_loss:
         targets = loader.drop_boundary_targets(inputs, targets, state.eos_id)
-    losses, counts = state.model(inputs, targets, doc_ids)
+    part = state.place.part
+    losses, counts = state.model(part(inputs), part(targets), doc_ids)
     return losses, counts
 
 
 @torch.no_grad()
+@record_function("validation")
 def validate(state: State) -> dict[str, float]:
     """Mean loss per source over the first windows of its held-out documents."""
-    cfg, here, results = state.cfg, state.world, {}
+    cfg, here, place, results = state.cfg, state.world, state.place, {}
     assert isinstance(cfg.data.mixture, dict)
     state.model.eval()
     for name, source in state.valid.items():
@@ -95,18 +110,16 @@ def validate(state: State) -> dict[str, float]:
         tokens = loader.validation_windows(source, cfg.data.seq_len, budget)
         total = torch.zeros(2, dtype=torch.float64, device=here.device)
         # every rank makes the same number of forward passes: FSDP gathers in each
-        share = state.micro_batch * here.size
+        share = state.micro_batch * place.data_size
         for low in range(0, len(tokens), share):
-            part = tokens[low : low + share][here.rank :: here.size]
+            part = tokens[low : low + share][place.data_rank :: place.data_size]
             losses, counts = forward(state, (part if len(part) else tokens[:1]).to(here.device))
-            if len(part):
+            if len(part) and place.tensor_rank == 0:
                 total += torch.stack([losses.double().sum(), counts.double().sum()])
         dist.all_reduce(total)
         results[name] = float(total[0] / total[1])
     state.model.train()
-    if isinstance(state.model, FSDPModule):
-        # a forward pass without a backward pass leaves the root gathered
-        state.model.reshard()
+    fsdp.reshard(state.model)
     return results
 
 
@@ -117,7 +130,8 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     """Open the data, build and shard the model, make the optimizer, plan the order."""
     sources = open_data(cfg)
     plan = schedule.plan(cfg, sources)
-    micro_batch = fitting_micro_batch(cfg, here, [s.batch_windows for s in plan.segments])
+    place = fsdp.place(cfg.parallel, here.device.type)
+    micro_batch = fitting_micro_batch(cfg, here)
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
     backend = attention.choose(
@@ -125,9 +139,12 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     )
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)
-    averaged_over = apply.apply(model, cfg, here.device, dtype)
+    chosen = replace(cfg, train=replace(cfg.train, micro_batch=micro_batch))
+    averaged_over = apply.apply(model, chosen, place, dtype)
     model.to_empty(device=here.device)
     model.init_weights(cfg.seed)
+    # nothing draws from these yet; a checkpoint keeps them, so they begin where the seed says
+    torch.manual_seed(cfg.seed)
     valid = shards.open_sources(cfg.data.path, list(sources), "valid")
     if cfg.train.init_from:
         recognise(cfg.train.init_from)  # refused here, before anything is written
@@ -141,11 +158,13 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
         valid={name: s for name, s in valid.items() if s.n_windows(cfg.data.seq_len)},
         order=plan,
         steps=config.total_steps(cfg.train),
+        place=place,
         averaged_over=averaged_over,
         micro_batch=micro_batch,
         dtype=dtype,
         backend=backend,
         window=torch.zeros(len(plan.names), 2, dtype=torch.float64, device=here.device),
+        guard=Guard(cfg.guard, here),
     )
 
 
@@ -167,26 +186,17 @@ def open_data(cfg: Config) -> dict[str, shards.Source]:
     return sources
 
 
-def fitting_micro_batch(cfg: Config, here: world.World, batches: list[int]) -> int:
-    """Windows per forward pass: what was asked for, else what is known to fit."""
-    for windows in batches:
-        if windows % here.size:
-            raise UserError(
-                f"a batch of {windows} windows (train.batch_tokens / data.seq_len) does not divide "
-                f"over {here.size} processes: take a multiple of {cfg.data.seq_len * here.size}"
-            )
-    share = batches[-1] // here.size
+def fitting_micro_batch(cfg: Config, here: world.World) -> int:
+    """Windows per forward pass: what was asked for, else the most that is planned to fit."""
+    on_gpu = here.device.type == "cuda"
+    at = layout.resolve(cfg, here.size, on_gpu)
     if cfg.train.micro_batch != "auto":
-        return min(cfg.train.micro_batch, share)
-    if here.device.type == "cuda":
+        return at.micro_batch
+    if on_gpu:
         free, _ = torch.cuda.mem_get_info(here.device)
-        states = 16 * costs.parameters(cfg.model) / here.size
-        window_bytes = cfg.data.seq_len * costs.activation_bytes_per_token(cfg.model)
-        fits = int(0.8 * (free - states) / window_bytes)
-    else:
-        # beyond this a CPU's caches gain nothing
-        fits = 8192 // cfg.data.seq_len
-    return max(m for m in range(1, share + 1) if share % m == 0 and m <= max(fits, 1))
+        return layouts.fitting(cfg, at, free, most=layout.share(cfg, at))
+    # beyond this a CPU's caches gain nothing
+    return layouts.fitting(cfg, at, math.inf, most=8192 // cfg.data.seq_len)
 
 
 # -- the loop --------------------------------------------------------------------------------------
@@ -194,6 +204,8 @@ def fitting_micro_batch(cfg: Config, here: world.World, batches: list[int]) -> i
 
 def train(cfg: Config) -> int:
     """Train until the last step or until asked to stop. Returns the exit code."""
+    open_data(cfg)  # knows the vocabulary
+    layouts.refuse(cfg, world.launched()[1], world.chip(world.own_device()))
     here = world.start()
     stop = signals.Stop()
     run = folder.RUNS / cfg.name
@@ -212,6 +224,8 @@ def train(cfg: Config) -> int:
             if here.leads:
                 why = f"{type(error).__name__}: {error}"
                 folder.exit_reason(run, "failed", why, state.step)
+            # a save in flight may still become whole
+            state.saver.finish(timeout_s=60)
             raise
         if here.leads:
             verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
@@ -224,7 +238,9 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     """Steps until the end. Returns the signal that stopped it early, or None."""
     cfg, here = state.cfg, state.world
     log = (
-        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg)) if here.leads else None
+        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg), state.guard.branch)
+        if here.leads
+        else None
     )
     console.announce(state)
     gc.collect()
@@ -234,19 +250,20 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     reader = loader.Loader(state.sources, state.order)
     clock = metrics.Clock(state.tokens)
 
-    def share(number: int) -> tuple[int, int]:
-        each = state.order.segment(number).batch_windows // here.size
-        return here.rank * each, (here.rank + 1) * each
-
     asked = None
-    for number, tokens, source in reader.steps(state.step, state.steps, share):
+    batches = rewind.batches(state, reader, partial(rows_of, state))
+    for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
+        faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
+        if rewind.rewound(state):
+            clock.read(state.tokens, reader.waited_s)
+            continue
         last = state.step == state.steps
         asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
-        if state.step % cfg.log.every == 0 or state.step == 1 or last:
+        if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
@@ -258,10 +275,10 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             here.say(metrics.validation_line(state.step, losses))
             row |= {f"val/{name}": loss for name, loss in losses.items()}
         if row and log:
-            log.row(state.step, {"tokens": state.tokens, **row})
+            log.row(state.step, {"branch": state.guard.branch, "tokens": state.tokens, **row})
         if state.step % cfg.checkpoint.every == 0 or last or asked:
             with clock.paused():
-                saved = save(state)
+                saved = save(state, wait=last or bool(asked))
             if not saved and (last or asked):
                 raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
         if asked:
@@ -273,11 +290,25 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     return asked
 
 
+def rows_of(state: State, number: int) -> tuple[int, int]:
+    """Which windows of a step's batch this process trains on: first and end."""
+    place = state.place
+    each = state.order.segment(number).batch_windows // place.data_size
+    return place.data_rank * each, (place.data_rank + 1) * each
+
+
+def is_logged(state: State) -> bool:
+    """Whether the step just made has a row in metrics.jsonl."""
+    return state.step % state.cfg.log.every == 0 or state.step in (1, state.steps)
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
-def dry_run(cfg: Config) -> None:
-    """Build the model on the meta device and print what the run would be; nothing is written."""
+def dry_run(cfg: Config, gpus: int | None) -> None:
+    """Build the model on the meta device and print what the run would be, and on so many GPUs what
+    each would hold; nothing is written.
+    """
     counts = None
     if Path(cfg.data.path).is_dir():
         counts = {name: source.n_tokens for name, source in open_data(cfg).items()}
@@ -286,6 +317,7 @@ def dry_run(cfg: Config) -> None:
         print("no shards yet: a vocabulary of 32,000 is assumed")
     with torch.device("meta"):
         model = Transformer(cfg.model, attention="reference")
+    spread = f"\n\n{dry.spread(cfg, gpus)}" if gpus else ""
     causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
     size, free = costs.checkpoint_bytes(cfg.model), files.free_bytes(folder.RUNS)
     rows = [
@@ -300,23 +332,28 @@ def dry_run(cfg: Config) -> None:
     print(cli.table((cfg.name, ""), rows))
     print()
     assert isinstance(cfg.data.mixture, dict)
-    print(mixture.plan_table(cfg.data.mixture, int(cfg.train.tokens), counts))
+    print(mixture.plan_table(cfg.data.mixture, int(cfg.train.tokens), counts) + spread)
 
 
 def main(argv: list[str]) -> int:
     """Parse, then train or describe. Under torchrun rank 0 tells a user's error for all."""
     parser = config.parser("torchrun train.py")
     parser.add_argument("--dry_run", action="store_true", help="Describe the run and stop.")
+    parser.add_argument("--gpus", type=int | None, help="Of a dry run: spread it over so many.")
+    argv = [re.sub(r"^--profile\b", "--log.profile", word) for word in argv]
     try:
         refuse_clashes()
         cfg = config.load(argv, parser)
-        if "--dry_run" in argv or "--dry-run" in argv:
-            dry_run(cfg)
+        given = parser.parse_args(argv)
+        if given.gpus is not None and (given.gpus < 1 or not given.dry_run):
+            raise UserError(f"--gpus is {given.gpus}, expected 1 or more and --dry_run with it")
+        if given.dry_run:
+            dry_run(cfg, given.gpus)
             return 0
         return train(cfg)
     except UserError as error:
         # a rank that runs out of memory may be the only one to know
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, oom.OutOfMemory):
+        if world.launched()[0] and not isinstance(error, oom.OutOfMemory):
             _wait_to_be_ended()
         raise
     finally:

@@ -35,8 +35,12 @@ torchrun train.py               shards to checkpoints; the same command resumes
     torchrun --nproc-per-node 2 train.py --config configs/quickstart.yaml
 python -m llama.data.ledger     documents of a step, steps of a document
     python -m llama.data.ledger runs/quickstart --step 10
+python -m llama.verify          train steps of a run again and compare the bits
+    python -m llama.verify runs/quickstart
 python -m llama.report          one page about a run, or several compared
     python -m llama.report runs/quickstart
+python -m llama.trace           where the time of recorded steps went
+    python -m llama.trace runs/quickstart
 python -m llama.convert         weights to and from Hugging Face, Meta, GGUF
     python -m llama.convert runs/quickstart exports/quickstart --to hf
 python -m llama.generate        text from a checkpoint

@@ -77,6 +77,12 @@ def count(value: str | int | float) -> int:
     return int(number)
 
 
+def byte_count(value: str | int | float) -> int:
+    """Bytes written 20000000000, 20e9, 20GB or 512 MB."""
+    plain = re.sub(r"\s*([kKMGT]?)B$", lambda unit: unit[1].replace("G", "B"), str(value).strip())
+    return count(plain)
+
+
 def show_count(number: float) -> str:
     """1234 -> 1,234; 4194304 -> 4.19M; 1.4e12 -> 1.40T."""
     unit = next((unit for unit in "TBM" if abs(number) >= _UNITS[unit]), "")

@@ -19,7 +19,7 @@ from jsonargparse.typing import register_type
 from llama import cli, files, limits
 from llama.cli import UserError
 
-Recompute = Literal["none", "manual", "selective", "full"]
+Recompute = Literal["none", "manual", "selective", "full", "budget"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -27,7 +27,12 @@ class Count(int):
     """A whole number that may be written 4M, 1.4T or 1.4e12."""
 
 
+class Bytes(int):
+    """A number of bytes that may be written 20e9, 20GB or 512 MB, in powers of ten."""
+
+
 register_type(Count, serializer=int, deserializer=lambda value: Count(cli.count(value)))
+register_type(Bytes, serializer=int, deserializer=lambda value: Bytes(cli.byte_count(value)))
 
 
 @dataclass
@@ -152,15 +157,32 @@ class ParallelConfig:
         replicate: Copies of the sharded model.
         shard: Processes that share one copy (FSDP).
         tensor: Processes that share each matrix (tensor and sequence parallel).
+        async_tensor: Whether torch overlaps their collectives with products, piece by piece: for
+            tensor groups on GPUs with compiled blocks.
         context: Processes that share each sequence.
-        recompute: What the backward pass computes again instead of keeping.
+        recompute: What the backward pass computes again instead of keeping; budget mixes none,
+            manual and full by block.
+        budget: Bytes that recompute budget may keep for the backward pass per process (20GB).
+        reshard: Give up a block's weights after its forward pass and gather them again in the
+            backward pass; false keeps them from the first micro-batch to the last (ZeRO-2), for a
+            small model on slow links.
+        prefetch: Blocks that are gathered ahead, in both directions; 2 where one block computes
+            less long than the next one travels, as with short sequences over many machines.
+        accumulate: What is kept between micro-batches: sharded gradients, reduced each time;
+            unsharded ones, reduced once a step, for small models on slow links; replica_deferred
+            is sharded with the sum over replicas left to the last one, for replicas far apart.
     """
 
     replicate: int = 1
     shard: int = -1
     tensor: int = 1
+    async_tensor: bool = False
     context: int = 1
     recompute: Recompute = "none"
+    budget: Bytes | None = None
+    reshard: bool = True
+    prefetch: int = 1
+    accumulate: Literal["sharded", "unsharded", "replica_deferred"] = "sharded"
 
 
 @dataclass
@@ -184,12 +206,16 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
+        keep_every: Steps between checkpoints that are kept for good; null for none.
+        background: Whether a copy is written while training goes on; false needs no memory for it.
         resume: auto takes the newest valid one of the run, never starts a new run only.
         accept_changes: Go on although the configuration changed; the differences are printed.
     """
 
     every: int = 100
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
     resume: Literal["auto", "never"] = "auto"
     accept_changes: bool = False
 
@@ -208,6 +234,35 @@ class ValidationConfig:
 
 
 @dataclass
+class GuardConfig:
+    """What happens about numbers that cannot be right.
+
+    Args:
+        spike: What follows a spike of the loss or the gradient norm: off (a warning), skip (the
+            step changes nothing), rewind (to an older checkpoint, then past the batches around it).
+        sigma: Standard deviations above the last steps from which on it is a spike.
+        window: Steps that these are; half of them must have been seen.
+        rewind_steps: How far before the spike the checkpoint is to lie, where there is one.
+        skip_steps: Batches that a rewind passes over, half of them before the spike.
+        rewinds: Most rewinds to the same checkpoint.
+        patience: Steps in a row that may change nothing before the run stops.
+        replicas_every: Steps between comparisons of what several processes hold; 0 for none.
+    """
+
+    spike: Literal["off", "skip", "rewind", False] = "off"
+    sigma: float = 6.0
+    window: int = 128
+    rewind_steps: int = 100
+    skip_steps: int = 200
+    rewinds: int = 3
+    patience: int = 20
+    replicas_every: int = 100
+
+    def __post_init__(self) -> None:
+        self.spike = self.spike or "off"  # YAML reads a bare off as false
+
+
+@dataclass
 class LogConfig:
     """Where numbers go besides metrics.jsonl.
 
@@ -215,11 +270,13 @@ class LogConfig:
         every: Steps between log lines.
         wandb: Weights & Biases mode.
         tensorboard: Write TensorBoard events into the run folder.
+        profile: Steps to record for python -m llama.trace, as 10-12; `--profile` for short.
     """
 
     every: int = 10
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     tensorboard: bool = False
+    profile: str | None = None
 
 
 @dataclass
@@ -241,6 +298,7 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -250,6 +308,7 @@ FREE_KEYS = (
     "log.",
     "validation.",
     "checkpoint.",
+    "guard.",
     "parallel.",
     "kernels.",
     "train.micro_batch",

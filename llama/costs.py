@@ -6,11 +6,13 @@ forward pass, recomputation as nothing; norms, RoPE and softmax are left out.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from llama.config import ModelConfig
 
-Shapes = list[tuple[int, int]]
+Shapes = dict[str, tuple[int, int]]
 
 
 # -- chips -----------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def shapes(cfg: ModelConfig, tensor: int = 1) -> tuple[Shapes, Shapes]:
-    """(rows, columns) of a block's weights and of the others, in one of `tensor` processes.
+    """(rows, columns) by name of a block's weights and of the others, in one of `tensor` processes.
 
     Gains of norms have one column. Rows of wq, wk, wv, w1, w3 and of both vocabulary matrices are
     divided, columns of wo and w2 (Shoeybi et al. 2019).
@@ -90,11 +92,15 @@ def shapes(cfg: ModelConfig, tensor: int = 1) -> tuple[Shapes, Shapes]:
     assert cfg.vocab_size, "the vocabulary size is known before costs are asked for"
     C, F, V = cfg.dim, cfg.hidden_dim // tensor, cfg.vocab_size // tensor
     heads, kv_heads = C // tensor, cfg.kv_heads * cfg.head_dim // tensor
-    attention = [(heads, C), (kv_heads, C), (kv_heads, C), (C, heads)]
-    return [*attention, (F, C), (C, F), (F, C), (C, 1), (C, 1)], [(V, C), (V, C), (C, 1)]
+    block = {
+        "attention.wq": (heads, C), "attention.wk": (kv_heads, C), "attention.wv": (kv_heads, C),
+        "attention.wo": (C, heads), "feed_forward.w1": (F, C), "feed_forward.w2": (C, F),
+        "feed_forward.w3": (F, C), "attention_norm": (C, 1), "ffn_norm": (C, 1),
+    }  # fmt: skip
+    return block, {"tok_embeddings": (V, C), "output": (V, C), "norm": (C, 1)}
 
 
-def _count(weights: Shapes, shard: int = 1) -> int:
+def _count(weights: Iterable[tuple[int, int]], shard: int = 1) -> int:
     """Weights, or what one of `shard` processes holds: FSDP divides rows, rounded up."""
     return sum(math.ceil(rows / shard) * columns for rows, columns in weights)
 
@@ -102,13 +108,21 @@ def _count(weights: Shapes, shard: int = 1) -> int:
 def matmul_parameters(cfg: ModelConfig) -> int:
     """Weights that a token is multiplied with: all matrices but the embedding."""
     block, rest = shapes(cfg)
-    return cfg.n_layers * _count([w for w in block if w[1] > 1]) + _count(rest[:1])
+    matrices = (w for w in block.values() if w[1] > 1)
+    return cfg.n_layers * _count(matrices) + _count([rest["output"]])
+
+
+def made_again(cfg: ModelConfig, tensor: int = 1) -> list[tuple[int, int]]:
+    """Matrices of a block whose products full recompute makes once more: torch stops before the
+    last, as nothing in the backward pass needs what it gives."""
+    block, _ = shapes(cfg, tensor)
+    return [w for name, w in block.items() if w[1] > 1 and name != "feed_forward.w2"]
 
 
 def parameters(cfg: ModelConfig) -> int:
     """All weights: matrices, embedding, and the gains of two norms a block and one at the end."""
     block, rest = shapes(cfg)
-    return cfg.n_layers * _count(block) + _count(rest)
+    return cfg.n_layers * _count(block.values()) + _count(rest.values())
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> tuple[int, int]:
@@ -155,6 +169,7 @@ class Layout:
     """How a step is spread: what decides the bytes and the speed of one process.
 
     `accumulates`: whether a step has several micro-batches. `loss_elements`: logits held at once.
+    `budget`: bytes that `recompute` budget may keep for the backward pass.
     """
 
     seq_len: int
@@ -167,6 +182,10 @@ class Layout:
     element_bytes: int = 2
     accumulates: bool = False
     loss_elements: int = 2**26
+    budget: int = 0
+    accumulate: str = "sharded"
+    reshard: bool = True
+    prefetch: int = 1
 
     @property
     def tokens(self) -> int:
@@ -183,20 +202,59 @@ class Layout:
         return self.shard * self.context
 
 
+def kept_by_blocks(cfg: ModelConfig, at: Layout, mode: str) -> int:
+    """Bytes that a block keeps for the backward pass in one process."""
+    L, e = cfg.n_layers, at.element_bytes
+    return activation_bytes_per_token(cfg, e, mode) * at.tokens // L // at.tensor
+
+
+def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
+    """Bytes kept by the last norm, the head (both gradients), token ids and RoPE's table."""
+    logits = 4 * (cfg.vocab_size or 0) * cfg.dim // at.tensor
+    table = 4 * cfg.head_dim * 2 ** math.ceil(math.log2(at.seq_len))
+    per_token = 2 * at.element_bytes * cfg.dim // at.tensor + 4 + 8
+    return logits + table + per_token * at.tokens
+
+
+def modes(cfg: ModelConfig, at: Layout) -> list[str]:
+    """What each block recomputes. `budget` makes the fewest products again that keep to the bytes:
+    the first blocks full, then manual, which makes none again, and none where there is room.
+
+    The first ones, as their backward pass comes last, when nothing else is kept any more. Where the
+    bytes do not suffice for that all blocks are full.
+    """
+    L = cfg.n_layers
+    if at.recompute != "budget":
+        return [at.recompute] * L
+    none, manual, full = (kept_by_blocks(cfg, at, mode) for mode in ("none", "manual", "full"))
+    room = max(0, at.budget - kept_by_the_rest(cfg, at) - L * full)
+    by_hand = min(L, room // max(1, manual - full))
+    plain = min(by_hand, (room - by_hand * (manual - full)) // max(1, none - manual))
+    return ["full"] * (L - by_hand) + ["manual"] * (by_hand - plain) + ["none"] * plain
+
+
+def kept(cfg: ModelConfig, at: Layout) -> int:
+    """Bytes between the forward and the backward pass that only the latter needs."""
+    blocks = sum(kept_by_blocks(cfg, at, mode) for mode in modes(cfg, at))
+    return blocks + kept_by_the_rest(cfg, at)
+
+
 def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     """Bytes of a process by phase of a step, and in it by what they hold; the largest is the peak.
 
     Counted as FSDP2 allocates: float32 weights, gradients and moments divided over the processes;
-    a block gathered in the type of the forward pass with the next one fetched ahead; gradients of a
-    block reduced in float32 while the next one is computed; the root gathered throughout.
+    a block gathered in the type of the forward pass with the next ones fetched ahead, or all of
+    them throughout; gradients of a block reduced in float32 while the next one is computed, those
+    of several micro-batches kept as `accumulate` says; the root gathered throughout.
     """
     e, t, n, L, tokens = at.element_bytes, at.tensor, at.shards, cfg.n_layers, at.tokens
-    block, root = (_count(part) for part in shapes(cfg, t))
-    block_share, root_share = (_count(part, n) for part in shapes(cfg, t))
+    block, root = (_count(part.values()) for part in shapes(cfg, t))
+    block_share, root_share = (_count(part.values(), n) for part in shapes(cfg, t))
     share = L * block_share + root_share
     d, f, head = cfg.dim, cfg.hidden_dim, (cfg.vocab_size or 0) * cfg.dim // t
-    kept = activation_bytes_per_token(cfg, e, at.recompute) * tokens // L // t
-    whole = activation_bytes_per_token(cfg, e) * tokens // L // t
+    each, whole = modes(cfg, at), kept_by_blocks(cfg, at, "none")
+    # by the blocks before the i-th
+    kept = [0, *accumulate(kept_by_blocks(cfg, at, mode) for mode in each)]
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
     # travel; a single process in float32 does without it
     copies, travels = at.gpus > 1 or e < 4, n > 1
@@ -205,12 +263,17 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     rows = min(tokens, max(128, at.loss_elements // (cfg.vocab_size or 1)))
     # in float32 and as their gradient; the last piece's gradient is still there with the next one
     logits = rows * ((6 if e < 4 else 4) + e * (rows < tokens)) * head // d + rows * d * e * (e > 2)
+    # unsharded gradients wait for the last micro-batch whole, in float32
+    waits = copies and at.accumulates and at.accumulate == "unsharded"
+    fresh = e * (not waits or e < 4)
+    # FSDP gives up what it sums over replicas at the end of the pass, unless gradients are in it
+    summed = at.accumulates and at.replicate > 1 and at.accumulate == "sharded"
     found = {}
 
     def phase(name: str, gradients: int, activations: int, gathered: int, working: int) -> None:
         found[name] = {
             "parameters": 4 * share,
-            "gradients": 4 * share if at.accumulates else gradients,
+            "gradients": gradients if waits or not at.accumulates else 4 * share,
             "optimizer": 8 * share,
             "activations": activations,
             "gathered and in flight": gathered,
@@ -219,27 +282,33 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
 
     last = 2 * e * d * tokens // t
     in_loss = last // 2 + 4 * head + logits
-    phase("loss", 0, L * kept + last, e * (copies * root + travels * block), in_loss)
+    loss_holds = e * (copies * (root + (not at.reshard) * L * block) + travels * block)
+    phase("loss", waits * 4 * (L * block + root), kept[L] + last, loss_holds, in_loss)
     # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
     inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
     inside = max(inside + e * d * f // t + sequence, e * block + e * tokens * d // t)
-    for i in sorted({i for i in (0, 1, L - 2, L - 1) if 0 <= i < L}):
+    # the fullest moment is at an end, or where the mode changes
+    changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
+    for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):
         done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
-        # FSDP gives up what it sums over replicas at the end of the pass
-        output = done * (at.accumulates and at.replicate > 1)
-        ahead = e * copies * (root + (i > 0) * block)
+        output = done * summed
+        # without resharding all blocks stay for the next micro-batch, in the last one those to come
+        others = min(i, at.prefetch) if at.reshard else L - 1 if at.accumulates else i
+        ahead = e * copies * (root + others * block)
+        waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"
         held = ahead + e * copies * block + output + 4 * copies * follows * block
-        phase(name, done, i * kept, held, e * head + inside)
+        phase(name, done + waiting + waits * 4 * block, kept[i], held, fresh * head + inside)
         # weights of one process are not given up before
         held = ahead + e * copies * (n == 1) * block + output + 4 * copies * block
-        reduced = e * head + e * block + e * tokens * d // t
-        phase(f"block {i + 1}, reduction", done, i * kept, held, reduced)
+        reduced = fresh * head + e * (not waits) * block + e * tokens * d // t
+        phase(f"block {i + 1}, reduction", done + waiting, kept[i], held, reduced)
     # in one process these are cast beside the embedding's own
     twice = (n == 1) * (e * head * (not at.accumulates) + e * root * (e < 4))
     done = 4 * L * block_share
-    held = 4 * copies * root + done * (at.accumulates and at.replicate > 1)
-    phase("end of the backward pass", done, 0, held, e * root + copies * twice)
+    held = 4 * copies * root + done * summed
+    ends = done + waits * 4 * root
+    phase("end of the backward pass", ends, 0, held, e * (not waits) * root + copies * twice)
     phase("update", 4 * share, 0, 0, 0)
     return found
 

@@ -22,6 +22,7 @@ import orjson
 import yaml
 import zstandard
 
+from llama import faults
 from llama.cli import UserError
 
 CHUNK_BYTES = 1 << 16
@@ -67,10 +68,14 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     part = path.with_name(f"{path.name}.part-{platform.node()}-{os.getpid()}")
     try:
         with open(part, mode) as file:
+            faults.point("file.opened", part, name=path.name)
             yield file
             file.flush()
+            faults.point("file.written", part, name=path.name)
             os.fsync(file.fileno())
+            faults.point("file.synced", part, name=path.name)
         os.rename(part, path)
+        faults.point("file.renamed", path, name=path.name)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -7,7 +7,13 @@ from typing import Any
 
 from llama.cli import UserError
 
-AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
+AT_LEAST_ZERO = (
+    "seed",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "validation.every",
+    "guard.replicas_every",
+)
 SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
 
 ROPE_SCALINGS = {
@@ -33,7 +39,7 @@ def check(cfg: dict[str, Any]) -> None:
     `cfg` is the nested configuration as it is written to YAML, with every key present.
     """
     for key, value in _numbers(cfg):
-        if key.startswith("parallel."):
+        if key.startswith("parallel.") and key not in ("parallel.budget", "parallel.prefetch"):
             good, expected = value == -1 or value >= 1, "1 or more, or -1 for the rest"
         elif key in SHARES:
             top = 1 if "betas" not in key else 1 - 1e-9
@@ -62,13 +68,19 @@ def check(cfg: dict[str, Any]) -> None:
             raise UserError(
                 f"{key} {batch} is not a multiple of data.seq_len {length}; {near} would be"
             )
+    if cfg["guard"]["window"] < 16:
+        raise UserError(f"guard.window is {cfg['guard']['window']}, expected 16 or more")
+    steps = re.fullmatch(r"0*([1-9]\d*)-(\d+)", cfg["log"]["profile"] or "1-1")
+    if not steps or int(steps[1]) > int(steps[2]):
+        raise UserError(f"log.profile is {cfg['log']['profile']!r}, expected steps such as 10-12")
     if isinstance(d["mixture"], dict):
         check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
         raise UserError("only one of the parallel sizes may be -1")
-    if (p["tensor"], p["context"]) != (1, 1):
+    if (p["recompute"] == "budget") != (p["budget"] is not None):
         raise UserError(
-            f"parallel.tensor is {p['tensor']} and parallel.context {p['context']}: only 1 is built"
+            f"parallel.recompute is {p['recompute']} and parallel.budget {p['budget']}: "
+            "recompute budget needs the bytes to keep (20GB), and nothing else does"
         )
 
 

@@ -11,6 +11,7 @@ V vocabulary, S tokens including those in a cache.
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, backend: str) -> None:
         super().__init__()
-        self.head_dim, self.backend = cfg.head_dim, backend
+        self.head_dim, self.attend = cfg.head_dim, partial(attention, backend=backend)
         kv_dim = cfg.kv_heads * cfg.head_dim
         self.wq = nn.Linear(cfg.dim, cfg.dim, bias=False)
         self.wk = nn.Linear(cfg.dim, kv_dim, bias=False)
@@ -79,7 +80,7 @@ class Attention(nn.Module):
         q, k = ops.rope(q, freqs_cis), ops.rope(k, freqs_cis)  # (B, T, H or K, D)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.wo(attention(q, k, v, docs, self.backend).flatten(2))
+        return self.wo(self.attend(q, k, v, docs).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -119,11 +120,12 @@ class Head(nn.Module):
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+        self.loss = ops.linear_cross_entropy
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if targets is None:
             return nn.functional.linear(x, self.weight)
-        losses = ops.linear_cross_entropy(x.flatten(0, 1), self.weight, targets.flatten())
+        losses = self.loss(x.flatten(0, 1), self.weight, targets.flatten())
         return losses.view(targets.shape).sum(1), (targets != reference.IGNORED).sum(1)
 
 
@@ -133,6 +135,7 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig, attention: str = "auto") -> None:
         super().__init__()
         self.cfg, self.attention = cfg, attention
+        self.documents = partial(document_mask, backend=attention)
         assert cfg.vocab_size, "the vocabulary size is known before a model is built"
         self.tok_embeddings = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.layers = nn.ModuleList(TransformerBlock(cfg, attention) for _ in range(cfg.n_layers))
@@ -155,15 +158,15 @@ class Transformer(nn.Module):
         follow those in it, `doc_ids` are those of all S, and logits (B, 1, V) of the last token.
         """
         T, start = tokens.shape[1], cache[0].length if cache else 0
-        freqs_cis = self._rotations(start + T, tokens.device)[start:]
-        docs = None if doc_ids is None else document_mask(doc_ids, T, self.attention)
+        freqs_cis = self.rotations(start + T, tokens.device)[start:]
+        docs = None if doc_ids is None else self.documents(doc_ids, T)
         h = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
             h = layer(h, freqs_cis, docs, cache[i] if cache else None)
         h = self.norm(h if cache is None else h[:, -1:])
         return self.output(h, targets)
 
-    def _rotations(self, positions: int, device: torch.device) -> Tensor:
+    def rotations(self, positions: int, device: torch.device) -> Tensor:
         """RoPE's table (positions, D/2), complex64: FSDP casts real inputs of a block to bf16."""
         table = self.freqs_cis
         if table is None or table.shape[0] < positions or table.device != device:

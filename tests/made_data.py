@@ -99,11 +99,15 @@ def make_source(
 
 
 def make_sources(
-    rng: random.Random, folder: Path, sizes: Mapping[str, int], **options: Any
+    rng: random.Random,
+    folder: Path,
+    sizes: Mapping[str, int],
+    pieces: int = 32_000,
+    **options: Any,
 ) -> dict[str, Source]:
     """Sources with a number of documents in two or three shards each."""
     for name, n in sizes.items():
-        documents = random_documents(rng, name, n)
+        documents = random_documents(rng, name, n, pieces=pieces)
         cuts = sorted(rng.sample(range(1, n), 2))
         parts = [documents[a:b] for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
         make_source(folder / name, parts, **options)

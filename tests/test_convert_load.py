@@ -178,7 +178,7 @@ from torch.distributed.tensor import DTensor
 from llama.config import Config
 from llama.convert import load
 from llama.model import Transformer
-from llama.parallel import apply
+from llama.parallel import apply, fsdp
 from llama.runtime import world
 
 def main():
@@ -186,7 +186,8 @@ def main():
     truth = load.open_source(sys.argv[1])
     with torch.device("meta"):
         model = Transformer(truth.cfg)
-    apply.apply(model, Config(model=truth.cfg), here.device, torch.float32)
+    cfg = Config(model=truth.cfg)
+    apply.apply(model, cfg, fsdp.place(cfg.parallel, "cpu"), torch.float32)
     for source in sys.argv[2:]:
         model.to_empty(device=here.device)
         parameters = dict(model.named_parameters())

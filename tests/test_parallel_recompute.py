@@ -1,17 +1,26 @@
 """Every mode of recompute gives the gradients of `none`, and keeps the bytes that are promised."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from made_kernels import Exchange, in_threads
 from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import costs
 from llama.cli import UserError
-from llama.config import ModelConfig
+from llama.config import Bytes, Config, ModelConfig
+from llama.costs import Layout
 from llama.model import Transformer, TransformerBlock
-from llama.parallel import manual, recompute
+from llama.parallel import fsdp, manual, recompute
+from llama.parallel.layout import resolve
 
 MODES = ("none", "manual", "selective", "full")
 
@@ -24,7 +33,7 @@ def seeded(rng: random.Random) -> None:
 def model(cfg: ModelConfig, dtype: torch.dtype = torch.float32, mode: str = "none") -> Transformer:
     made = Transformer(cfg, "sdpa")
     made.init_weights(0)
-    recompute.apply(made, mode)
+    recompute.apply(made, [mode] * cfg.n_layers)
     return made.to(dtype)
 
 
@@ -161,3 +170,109 @@ def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
         else:
             joined = torch.cat([a, b], int(name.endswith(("wo.weight", "w2.weight"))))
         torch.testing.assert_close(joined, whole, msg=name)
+
+
+# -- a budget --------------------------------------------------------------------------------------
+
+
+def held(made: Transformer, tokens: Tensor) -> tuple[int, Tensor]:
+    """Bytes that live between the forward and the backward pass besides weights, and the loss."""
+    tracker = MemTracker()
+    tracker.track_external(made)
+    with tracker:
+        losses, _ = made(tokens[:, :-1], tokens[:, 1:])
+        total = tracker.get_tracker_snapshot()[tokens.device]["Total"]
+    return total - sum(p.nbytes for p in made.parameters()), losses
+
+
+def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Random) -> None:
+    seen = set()
+    for share in (0.1, 0.4, 0.6, 0.8, 0.9, 1.05):
+        heads = rng.choice([2, 4])
+        cfg = ModelConfig(32 * heads, rng.randrange(3, 7), heads, vocab_size=64)
+        at = Layout(64 * rng.randrange(1, 4), 2, recompute="budget", element_bytes=4)
+        least, most = (costs.kept(cfg, replace(at, recompute=mode)) for mode in ("full", "none"))
+        share += rng.uniform(-0.05, 0.05)
+        at = replace(at, budget=int(least + share * (most - least)))
+        modes = costs.modes(cfg, at)
+        seen |= set(modes)
+        made = Transformer(cfg, "sdpa")
+        made.init_weights(0)
+        recompute.apply(made, modes)
+        tokens = torch.randint(64, (2, at.seq_len + 1))
+        size, losses = held(made, tokens)
+        blocks = {mode: costs.kept_by_blocks(cfg, at, mode) for mode in ("full", "manual", "none")}
+        # losses, counts and token ids of two windows are not worth a line in the arithmetic
+        assert size <= at.budget + 64, (modes, size, at)
+        assert abs(size - costs.kept(cfg, at)) <= 0.01 * size, (modes, size, costs.kept(cfg, at))
+        if "full" in modes:
+            assert size + blocks["manual"] - blocks["full"] > 0.99 * at.budget
+            # fewest products again: no block keeps more than manual while another is full
+            assert "none" not in modes or at.budget - size < blocks["manual"] - blocks["full"]
+        elif "manual" in modes:
+            assert size + blocks["none"] - blocks["manual"] > 0.99 * at.budget
+        losses.sum().backward()
+        expected = gradients(model(cfg), tokens, None)
+        for name, p in made.named_parameters():
+            assert p.grad is not None and torch.equal(p.grad, expected[name]), (name, modes)
+    assert len(seen) == 3, seen
+
+
+def test_a_budget_that_holds_nothing_is_told_the_least() -> None:
+    cfg = Config(model=ModelConfig(dim=64, n_layers=3, n_heads=2, vocab_size=64))
+    cfg.parallel.recompute, cfg.parallel.budget = "budget", Bytes(1000)
+    with pytest.raises(UserError, match="budget 1.0 kB .* train.micro_batch 1: .* 379.9 kB"):
+        resolve(cfg, 1, on_gpu=False)
+    at = Layout(256, recompute="full", element_bytes=4)
+    cfg.parallel.budget = Bytes(costs.kept(cfg.model, at))
+    assert costs.modes(cfg.model, resolve(cfg, 1, on_gpu=False)) == ["full"] * 3
+    cfg.parallel.budget = Bytes(cfg.parallel.budget - 1)
+    with pytest.raises(UserError, match="too small"):
+        resolve(cfg, 1, on_gpu=False)
+
+
+# -- under FSDP ------------------------------------------------------------------------------------
+
+
+class Sent(TorchDispatchMode):
+    """Notes what is sent: the collective and the elements of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.calls.append((func.__name__, args[0].numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def sent_in_a_step(mode: str) -> list[tuple[str, int]]:
+    """What one of four pretended processes sends, in order."""
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            made = Transformer(ModelConfig(dim=64, n_layers=3, n_heads=4, vocab_size=64))
+        recompute.apply(made, [mode] * 3)
+        fsdp.apply(made, init_device_mesh("cpu", (4,)), torch.bfloat16)
+        made.to_empty(device="cpu")
+        with Sent() as sent:
+            losses, _ = made(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9).long())
+            for block in made.layers:
+                of_block = block._get_fsdp_state()._fsdp_param_group.fsdp_params  # type: ignore[operator]
+                assert len(of_block) == 9
+                # what autograd keeps of the weights has no memory until it is gathered again
+                for parameter in of_block:
+                    assert parameter._unsharded_param.untyped_storage().size() == 0
+            losses.sum().backward()
+        return sent.calls
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+def test_fsdp_frees_and_sends_as_without(mode: str) -> None:
+    expected = sent_in_a_step("none")
+    # three blocks gathered in both directions and the root once, all reduced
+    assert len(expected) >= 3 + 2 + 1 + 4
+    assert sent_in_a_step(mode) == expected

@@ -20,11 +20,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import train
 from llama import config, costs, optim
 from llama.cli import UserError
-from llama.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from llama.config import Bytes, Config, Count, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llama.costs import CHIPS, Layout
 from llama.model import Transformer
-from llama.parallel import apply
-from llama.plan import layouts, published, speed
+from llama.parallel import apply, fsdp
+from llama.parallel.layout import divisors, nearest, resolve, share, with_micro_batch
+from llama.plan import dry, layouts, published, speed
+from llama.runtime.background import Saver
+from llama.runtime.guard import Guard
 
 ROOT = Path(__file__).parent.parent
 A100 = CHIPS["a100-80g"]
@@ -35,20 +38,34 @@ A100 = CHIPS["a100-80g"]
 
 def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch) -> int:
     """Most bytes of a step of train.py on rank 0, its processes pretended, as torch counts them."""
-    world, passes = at.gpus, 1 + at.accumulates
+    world, passes = at.gpus, 1 + 2 * at.accumulates
     dtype: Any = {2: "bfloat16", 4: "float32"}[at.element_bytes]
     windows = passes * at.micro_batch
     cfg = Config(
         model=model_cfg,
         data=DataConfig(seq_len=at.seq_len),
-        train=TrainConfig(compile=False, dtype=dtype),
-        parallel=ParallelConfig(at.replicate, at.shard, recompute=at.recompute),  # type: ignore[arg-type]
+        train=TrainConfig(
+            batch_tokens=Count(windows * world * at.seq_len),
+            micro_batch=at.micro_batch,
+            dtype=dtype,
+            compile=False,
+        ),
+        parallel=ParallelConfig(
+            at.replicate,
+            at.shard,
+            recompute=at.recompute,  # type: ignore[arg-type]
+            budget=Bytes(at.budget) or None,
+            reshard=at.reshard,
+            prefetch=at.prefetch,
+            accumulate=at.accumulate,  # type: ignore[arg-type]
+        ),
     )
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         with torch.device("meta"):
             model = Transformer(cfg.model, attention="sdpa")
-        averaged = apply.apply(model, cfg, torch.device("cpu"), train.DTYPES[dtype])
+        place = fsdp.place(cfg.parallel, "cpu")
+        averaged = apply.apply(model, cfg, place, train.DTYPES[dtype])
         model.to_empty(device="cpu")
         model.init_weights(0)
         optimizer = optim.build(model, cfg.optim)
@@ -60,6 +77,9 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
             optimizer=optimizer,
             steps=100,
             step=0,
+            place=place,
+            guard=Guard(cfg.guard, SimpleNamespace(device=torch.device("cpu"), size=world)),  # type: ignore[arg-type]
+            saver=Saver(),
             averaged_over=averaged,
             micro_batch=at.micro_batch,
             window=torch.zeros(1, 2, dtype=torch.float64),
@@ -88,7 +108,7 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", layouts.MODES)
+@pytest.mark.parametrize("mode", [*layouts.MODES, "budget"])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 def test_memory_is_within_5_percent_of_torchs_tracker(
     mode: str, element_bytes: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +132,13 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             element_bytes=element_bytes,
             accumulates=rng.random() < 0.5,
             loss_elements=2**20,
+            accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
+            reshard=rng.random() < 0.5,
+            prefetch=rng.choice([1, 2]),
         )
+        if mode == "budget":
+            least, most = (costs.kept(model, replace(at, recompute=m)) for m in ("full", "none"))
+            at = replace(at, budget=rng.randrange(least, most))
         phase, parts = costs.peak(model, at)
         planned, real = sum(parts.values()), tracked(model, at, monkeypatch)
         assert abs(planned / real - 1) < 0.05, (model, at, phase, parts, planned / real)
@@ -201,7 +227,7 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
         assert at.gpus == 2048 and layouts.fits(plan, A100)
         assert 2048 % (at.replicate * at.shard) == 0 == 64 % at.tensor == 2048 % at.context
         sizes = {k: getattr(at, k) for k in ("replicate", "shard", "tensor", "context")}
-        assert layouts.resolve(run_config(**sizes), 2048).gpus == 2048
+        assert resolve(run_config(**sizes), 2048).gpus == 2048
 
 
 @pytest.mark.parametrize(
@@ -210,20 +236,43 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
         (
             {"replicate": 31, "shard": 64},
             2048,
-            "do not make 2048 GPUs: parallel.replicate 32 would",
+            "do not make a world of 2048: parallel.replicate 32 would",
         ),
-        ({"shard": 48}, 2048, "parallel.shard 32 or 64 with parallel.replicate -1 would"),
+        (
+            {"replicate": 1, "shard": 48},
+            2048,
+            "parallel.shard 32 or 64 with parallel.replicate -1 would",
+        ),
         ({"replicate": -1, "shard": 48}, 2048, "parallel.shard 32 or 64 with"),
-        ({"tensor": 3}, 3, "tensor 3 does not divide model.n_heads 64: parallel.tensor 2 or 4"),
-        ({"context": 7}, 14, "7 pieces do not divide data.seq_len 2048: parallel.context 4 or 8"),
-        ({}, 3000, "2048 windows .* = 3000: 3000 windows would, or replicate x shard 2048"),
+        (
+            {"tensor": 3, "shard": 1},
+            3,
+            "tensor 3 does not divide model.n_heads 64: parallel.tensor 2 or 4",
+        ),
+        (
+            {"context": 7, "shard": 2},
+            14,
+            "7 pieces do not divide data.seq_len 2048: parallel.context 4 or 8",
+        ),
+        (
+            {"replicate": 1, "shard": -1},
+            3000,
+            "2048 windows .* = 3000: train.batch_tokens 6144000 would, or replicate x shard 2048",
+        ),
+        ({"tensor": 3, "shard": 1}, 8, "parallel.tensor x context 2 or 4 would"),
+        ({"async_tensor": True, "shard": 8}, 8, "parallel.async_tensor with parallel.tensor 1"),
+        (
+            {"async_tensor": True, "tensor": 2, "shard": 4, "recompute": "manual"},
+            8,
+            "needs tensor groups on GPUs and compiled blocks",
+        ),
     ],
 )
 def test_what_does_not_divide_is_named_with_what_would(
     parallel: dict[str, Any], gpus: int, said: str
 ) -> None:
     with pytest.raises(UserError, match=said) as raised:
-        layouts.resolve(run_config(**parallel), gpus)
+        resolve(run_config(**parallel), gpus)
     assert "\n" not in str(raised.value)
 
 
@@ -240,7 +289,7 @@ def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:
     cfg.parallel.recompute = found[2]  # type: ignore[assignment]
     assert layouts.fits(layouts.configured(cfg, 8, A100, 0.78), A100)
     with pytest.raises(UserError, match="16 GPUs of parallel.shard 16 takes"):
-        layouts.configured(run_config("llama_65b"), 8, A100, 0.78)
+        layouts.configured(run_config("llama_65b", shard=8), 8, A100, 0.78)
 
 
 def test_what_a_run_is_held_to() -> None:
@@ -253,9 +302,9 @@ def test_what_a_run_is_held_to() -> None:
 
 
 def test_nearest() -> None:
-    assert layouts.nearest(5, [1, 4, 8, 16]) == "4 or 8"
-    assert layouts.nearest(9, [8]) == "8" and layouts.nearest(1, []) == "none"
-    assert layouts.divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert nearest(5, [1, 4, 8, 16]) == "4 or 8"
+    assert nearest(9, [8]) == "8" and nearest(1, []) == "none"
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -288,3 +337,90 @@ def test_bad_options_are_one_sentence(options: list[str], said: str) -> None:
     done = plan(*options)
     assert done.returncode == 2 and done.stdout == ""
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+# -- before a run starts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "said"),
+    [
+        ("cpu", {"shard": 2}, "do not make a world of 3: parallel.shard 1 or 3 with"),
+        ("cpu", {"shard": 3}, "parallel.replicate x shard = 3: train.batch_tokens 4190208 or"),
+        ("cpu", {"shard": 1, "tensor": 3}, "tensor 3 does not divide model.n_heads 32"),
+        (A100.driver, {"shard": 3, "micro_batch": 64}, "train.micro_batch 64 takes .* of 85.0 GB"),
+    ],
+)
+def test_a_run_is_refused_before_a_process_group_starts(
+    device: str, changes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = run_config("llama_7b", replicate=1)
+    cfg.train.micro_batch = changes.pop("micro_batch", 1)
+    if cfg.train.micro_batch > 1:
+        cfg.train.batch_tokens = Count(3 * 64 * 2048)
+    cfg.parallel = replace(cfg.parallel, **changes)
+    monkeypatch.setattr(train, "open_data", lambda cfg: {})
+    monkeypatch.setattr(train.world, "start", lambda: pytest.fail("a process group is started"))
+    monkeypatch.setattr(train.world, "chip", lambda _: device)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        train.train(cfg)
+
+
+def test_auto_takes_the_largest_micro_batch_that_is_planned_to_fit(rng: random.Random) -> None:
+    cfg = run_config("llama_7b", replicate=1, shard=8)
+    cfg.train.batch_tokens = Count(8 * 2048 * rng.choice([24, 60, 64]))
+    for mode in ("none", "full", "budget"):
+        cfg.parallel.recompute = mode
+        cfg.parallel.budget = Bytes(30e9) if mode == "budget" else None
+        at = resolve(cfg, 8)
+        free, each = int(rng.uniform(40e9, 150e9)), share(cfg, at)
+        found = layouts.fitting(cfg, at, free, most=each)
+        sizes = [n for n in range(1, each + 1) if each % n == 0]
+        larger = [with_micro_batch(cfg, at, n) for n in sizes if n > found]
+        assert costs.needed(cfg.model, with_micro_batch(cfg, at, found)) <= 0.92 * free
+        for other in larger:
+            kept = costs.kept(cfg.model, other)
+            assert costs.needed(cfg.model, other) > 0.92 * free or (at.budget and kept > 30e9)
+        assert layouts.fitting(cfg, at, free, most=1) == 1
+
+
+# -- a cluster that is not there -------------------------------------------------------------------
+
+
+def test_a_dry_run_holds_what_the_arithmetic_says(rng: random.Random) -> None:
+    model = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)
+    # neither the widths nor the vocabulary are multiples of most of these
+    shard, replicate = rng.randrange(1, 70), rng.randrange(1, 4)
+    cfg = Config(model=model, parallel=ParallelConfig(replicate, shard))
+    cfg.train.batch_tokens = Count(256 * shard * replicate)
+    table = dry.spread(cfg, shard * replicate)
+    assert re.search(r"parameters +([\d.]+ \w+) +\1 ", table), table
+    assert re.search(r"optimizer +([\d.]+ \w+) +\1 ", table), table
+    assert not dist.is_initialized()
+
+
+def test_a_dry_run_names_the_weight_whose_shape_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = run_config("llama_7b", replicate=4, shard=8)
+    whole = costs.shapes
+
+    def wrong(cfg: ModelConfig, tensor: int = 1) -> Any:
+        block, rest = whole(cfg, tensor)
+        return block | {"feed_forward.w2": (4096, 11000)}, rest
+
+    monkeypatch.setattr(costs, "shapes", wrong)
+    said = r"layers.0.feed_forward.w2 is \(512, 11008\) in torch.float32 on rank 0 of 32, .* 11000"
+    with pytest.raises(UserError, match=said):
+        dry.spread(cfg, 32)
+    monkeypatch.setattr(costs, "shapes", whole)
+
+    class Changed(Transformer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.extra = torch.nn.Linear(4, 4, bias=False)
+
+    monkeypatch.setattr(dry, "Transformer", Changed)
+    with pytest.raises(UserError, match="extra is a weight of the model or of llama.costs, not of"):
+        dry.spread(cfg, 32)
+    assert not dist.is_initialized()

@@ -23,6 +23,7 @@ RANKS = [
     ("llama.html", 0),
     ("llama.limits", 0),
     ("llama.costs", 0),
+    ("llama.faults", 0),
     ("llama.corpus", 1),
     ("llama.model", 1),
     ("llama.data", 2),
@@ -34,8 +35,10 @@ RANKS = [
     ("llama.report", 3),
     ("llama.doctor", 3),
     ("llama.plan", 3),
+    ("llama.trace", 3),
     ("llama.__main__", 3),
     ("train", 4),
+    ("llama.verify", 5),
     ("benchmarks", 5),
 ]
 OURS = ("llama", "kernels", "tokenizer", "train", "benchmarks")

@@ -339,6 +339,42 @@ def test_resumed_on_another_world_it_trains_the_same_model(workspace: Path, sing
         assert other == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.full
+@pytest.mark.faults
+def test_moved_again_and_again_it_trains_the_same_model(
+    workspace: Path, single: Run, score
+) -> None:
+    worlds = (1, 2, 4, 2, 1)
+    for number, size in enumerate(worlds):
+        run = Run(workspace, "moving", size, {"checkpoint.every": 1000})
+        if number + 1 == len(worlds):
+            run.finish()
+            break
+        child = run.start()
+        run.wait_for_step(4 * number + 2)
+        child.send_signal(signal.SIGTERM)
+        output, _ = child.communicate(timeout=300)
+        assert run.verdict() == "requeue", output
+    pairs = zip(_losses(run.rows()), _losses(single.rows()), strict=True)
+    apart = max(abs(loss - other) / other for (loss, _), (other, _) in pairs)
+    score("resume.worlds", len(worlds) - 1, ">= 4")
+    score("resume.loss", apart, "<= 1e-6")
+    assert apart <= 1e-6
+
+
+def test_a_run_is_verified_by_its_world_and_by_another(workspace: Path, double: Run) -> None:
+    before = {p: p.stat().st_mtime_ns for p in double.folder.rglob("*")}
+    command = ["-m", "llama.verify", "runs/double"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    said = _call(*start, "--nproc-per-node", "2", *command, cwd=workspace).stdout
+    assert "steps 17 to 20" in said and "4 rows of metrics.jsonl    bit-equal" in said
+    assert "tensors                 bit-equal" in said
+    said = _call(sys.executable, *command, cwd=workspace).stdout
+    assert "bits are not compared, for processes: 2 -> 1" in said
+    assert "equal to 1e-06, largest difference" in said
+    assert {p: p.stat().st_mtime_ns for p in double.folder.rglob("*")} == before
+
+
 LAYOUTS = [
     {"train.micro_batch": 3},
     {"train.dtype": "float32", "kernels.attention": "reference"},
@@ -442,7 +478,7 @@ FRESH = {
     "no source": ({"data.mixture": '{"code": 0.5, "poems": 0.5}'}, "poems"),
     "vocabulary": ({"model.vocab_size": 513}, "model.vocab_size is 513"),
     "no window": ({"data.seq_len": 512_000, "train.batch_tokens": 512_000}, "holds no window"),
-    "layout": ({"parallel.shard": 3}, "do not make the 1 processes"),
+    "layout": ({"parallel.shard": 3}, "do not make a world of 1: parallel.shard 1 with"),
     "init": ({"train.init_from": "runs/nothing"}, "runs/nothing does not exist"),
 }
 
@@ -457,7 +493,10 @@ def test_refused_before_anything_is_trained(workspace: Path, case: str) -> None:
 
 def test_under_torchrun_one_sentence_for_all_ranks(workspace: Path) -> None:
     options = {"train.batch_tokens": 1024 + 64}
-    _refused(Run(workspace, "refused-two", 2, options), "does not divide over 2 processes")
+    _refused(
+        Run(workspace, "refused-two", 2, options),
+        "does not divide over parallel.replicate x shard = 2",
+    )
 
 
 def test_another_tokenizer_is_refused(workspace: Path, single: Run) -> None:

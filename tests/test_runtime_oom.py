@@ -36,7 +36,7 @@ def state_of(cfg: Config, here: world.World) -> Any:
     """As much of a run's state as an explanation reads, with a real model in it."""
     model = Transformer(cfg.model, attention="reference")
     model.init_weights(0)
-    recompute.apply(model, cfg.parallel.recompute)
+    recompute.apply(model, [cfg.parallel.recompute] * cfg.model.n_layers)
     optimizer = optim.build(model, cfg.optim)
     return SimpleNamespace(cfg=cfg, world=here, model=model, optimizer=optimizer, micro_batch=8)
 

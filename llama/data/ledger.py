@@ -197,10 +197,10 @@ def newest_order(run: Path, cfg: config.Config) -> tuple[Order, int] | None:
     if path is None:
         return None
     state = files.read_json(path)
-    try:
-        return Order(cfg.seed, from_json(state["segments"])), int(state["step"])
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{path} is not what train.py writes: {error!r}") from error
+    kinds = KeyError, TypeError, ValueError, AssertionError
+    with cli.as_user_error(f"{path} is not what train.py writes", *kinds, show=repr):
+        segments, step = schedule.goes_on(state, schedule.rewinds(run))
+        return Order(cfg.seed, from_json(segments)), step
 
 
 def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:

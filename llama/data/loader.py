@@ -28,6 +28,7 @@ class Loader:
     def __init__(self, sources: Mapping[str, Source], order: Order, pin: bool = True) -> None:
         self.sources, self.order = sources, order
         self.pin = pin and torch.cuda.is_available()
+        self._aside = torch.cuda.Stream() if self.pin else None
         self.waited_s = 0.0
         self._reading = "nothing yet"
         self._stop: Callable[[], None]
@@ -54,7 +55,8 @@ class Loader:
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < limit:
             for row, source, window in zip(rows, picked, windows, strict=True):
                 source.check_ids(row.astype(source.dtype), window * length)
-        return out, torch.from_numpy(drawn.sources[lo:hi].copy())
+        sources = torch.from_numpy(drawn.sources[lo:hi].copy())
+        return out, sources.pin_memory() if self.pin else sources
 
     def steps(
         self, first_step: int, end_step: int, rows: Callable[[int], Rows]
@@ -62,7 +64,8 @@ class Loader:
         """(step, tokens, sources) of steps [first, end), read by a thread in the background.
 
         ``rows(step)`` is this process's share of the global batch. What fails in the thread is
-        raised here; a read that hangs is named after ``STALLED_AFTER_S``.
+        raised here; a read that hangs is named after ``STALLED_AFTER_S``. On a machine with GPUs
+        the tensors are on this process's; nobody waits for the copy but the GPU.
         """
         ready: queue.SimpleQueue[Read | BaseException] = queue.SimpleQueue()
         room, stopped = threading.Semaphore(AHEAD), threading.Event()
@@ -99,9 +102,19 @@ class Loader:
                 if isinstance(got, BaseException):
                     raise got
                 room.release()
-                yield step, *got
+                yield step, *(self._copied(*got) if self.pin else got)
         finally:
             stop()
+
+    def _copied(self, *batch: torch.Tensor) -> Read:
+        """The batch on the GPU, copied while it still computes the step before."""
+        aside, computing = self._aside, torch.cuda.current_stream()
+        with torch.cuda.stream(aside):
+            tokens, sources = (t.to("cuda", non_blocking=True) for t in batch)
+        computing.wait_stream(aside)
+        for tensor in (tokens, sources):
+            tensor.record_stream(computing)
+        return tokens, sources
 
     def close(self) -> None:
         """End the background thread; the sources stay open."""

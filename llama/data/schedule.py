@@ -4,11 +4,15 @@ A batch ramp is a segment per batch size. A run continued with other weights, ba
 or shards gets new segments from its present step on, and every source goes on where it stands.
 """
 
+from pathlib import Path
 from typing import Any
 
+from llama import files
 from llama.config import Config
 from llama.data.order import Order, from_json, integer_weights
 from llama.data.shards import Source
+
+REWINDS = "rewinds.json"
 
 
 def plan(cfg: Config, sources: dict[str, Source]) -> Order:
@@ -36,6 +40,27 @@ def go_on(
     windows, common = wanted.segment(step).batch_windows, _common(cfg, sources)
     order, unread = past.append(step, batch_windows=windows, restart=changed, **common)
     return _with_ramp(order, cfg, step), unread
+
+
+def skip(cfg: Config, order: Order, first: int, end: int) -> Order:
+    """The order that passes over the batches of steps [first, end) of one segment."""
+    samples = order.position(first), order.position(end)
+    return _with_ramp(order.append(first, skipped=[samples])[0], cfg, first)
+
+
+def rewinds(run: Path) -> list[dict[str, Any]]:
+    """Every rewind that a run has decided on, in order; see llama/runtime/rewind.py."""
+    path = run / REWINDS
+    return list(files.read_json(path)) if path.exists() else []
+
+
+def goes_on(
+    saved: dict[str, Any], rewinds: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], int]:
+    """(segments, step) that a run goes on with from a checkpoint's state, maybe not yet rewound."""
+    if rewinds and saved.get("branch", 0) < rewinds[-1]["branch"]:
+        return rewinds[-1]["segments"], min(int(saved["step"]), rewinds[-1]["to"])
+    return saved["segments"], int(saved["step"])
 
 
 def _phases(cfg: Config) -> list[tuple[int, int]]:
@@ -68,8 +93,11 @@ def _common(cfg: Config, sources: dict[str, Source]) -> dict[str, Any]:
 def _ahead(order: Order, step: int) -> list[tuple[Any, ...]]:
     """What an order does from a step on, segment by segment."""
     ahead = [order.segment(step), *(s for s in order.segments if s.first_step > step)]
-    found = []
+    found: list[tuple[Any, ...]] = []
     for s in ahead:
         sizes = {name: s.windows[name] for name in s.weights}
-        found.append((max(s.first_step, step), s.batch_windows, s.seq_len, s.weights, sizes))
+        layout = s.batch_windows, s.seq_len, s.weights, sizes
+        # a segment that only passes over batches goes on as the one before
+        if not found or found[-1][1:] != layout:
+            found.append((max(s.first_step, step), *layout))
     return found

@@ -237,13 +237,14 @@ def check(folder: Path) -> tuple[int, list[str]]:
                 continue
             for k in range(len(source.shards)):
                 n += len(SUFFIXES)
-                wrong += _check_hashes(source, k) or _check_content(source, k)
+                wrong += wrong_hashes(source, k) or _check_content(source, k)
             source.close()
             progress.update()
     return n, wrong
 
 
-def _check_hashes(source: Source, k: int) -> list[str]:
+def wrong_hashes(source: Source, k: int) -> list[str]:
+    """Files of one shard that are missing, or not as the manifest has them."""
     wrong = []
     for suffix, expected in source.shards[k].hashes.items():
         path = source.path(k, suffix)

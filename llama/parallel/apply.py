@@ -3,14 +3,16 @@ tensor/sequence parallel, recompute, compile, FSDP. The model file knows nothing
 """
 
 import shutil
+from dataclasses import replace
 
 import torch
-import torch.distributed as dist
+import torch._inductor.config as inductor
 from torch import nn
 
 from llama import costs
 from llama.config import Config
-from llama.parallel import fsdp, recompute
+from llama.parallel import context, fsdp, layout, recompute, tensor
+from llama.parallel.fsdp import Place
 
 # What compiling gains and takes on a CPU, measured on 1 core with 7M parameters: a share of a step,
 # and CPU seconds to the end of the first step and of the first validation.
@@ -18,24 +20,34 @@ CPU_GAIN, CPU_START_S = 0.07, 90.0
 CPU_FLOPS_PER_S_AND_CORE = 1e11
 
 
-def apply(model: nn.Module, cfg: Config, device: torch.device, dtype: torch.dtype) -> int:
+def apply(model: nn.Module, cfg: Config, place: Place, dtype: torch.dtype) -> int:
     """Parallelise a model on the meta device, in place.
 
     Returns the number of processes its gradients are averaged over (1 where FSDP is not needed:
     one process training in float32 is left a plain module).
     """
-    recompute.apply(model, cfg.parallel.recompute)
-    world = dist.get_world_size()
-    plain = world == 1 and dtype == torch.float32
-    worth = device.type == "cuda" or (plain and worth_compiling(cfg))
+    mesh = place.weights
+    seams: tuple[tensor.Seam, ...] = ()
+    names = mesh.mesh_dim_names or ()
+    if "tensor" in names:
+        seams = tensor.apply(model, mesh["tensor"])
+        inductor._micro_pipeline_tp = cfg.parallel.async_tensor
+    if place.context is not None:
+        context.apply(model, place.context)
+    on_gpu = mesh.device_type == "cuda"
+    at = layout.resolve(cfg, mesh.size(), on_gpu)
+    modes = costs.modes(cfg.model, replace(at, element_bytes=dtype.itemsize))
+    recompute.apply(model, modes, *seams)
+    plain = mesh.size() == 1 and dtype == torch.float32
+    worth = on_gpu or (plain and worth_compiling(cfg))
     if cfg.train.compile is True or (cfg.train.compile == "auto" and worth):
         for block in model.layers:  # type: ignore[union-attr]
             block.compile()
     if plain:
-        fsdp.layout(cfg.parallel, world)
         return 1
-    fsdp.apply(model, fsdp.mesh(cfg.parallel, device.type), dtype)
-    return world
+    data = mesh[tuple(name for name in names if name != "tensor")]
+    fsdp.apply(model, data, dtype, cfg.parallel)
+    return data.size()
 
 
 def worth_compiling(cfg: Config) -> bool:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from kernels.attention import attention
 from kernels.dispatch import function
 from llama.cli import UserError
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
+from llama.parallel.tensor import Seam, local
 
 STOCK = {
     "attention": Attention,
@@ -42,16 +42,12 @@ class Plan(NamedTuple):
 
     head_dim: int
     eps: float
-    backend: str
-    gather: Callable[[Tensor], Tensor]
-    reduce_scatter: Callable[[Tensor], Tensor]
+    attend: Callable[..., Tensor]
+    gather: Seam
+    reduce_scatter: Seam
 
 
-def apply(
-    block: nn.Module,
-    gather: Callable[[Tensor], Tensor] = lambda x: x,
-    reduce_scatter: Callable[[Tensor], Tensor] = lambda x: x,
-) -> None:
+def apply(block: nn.Module, gather: Seam = lambda x: x, reduce_scatter: Seam = lambda x: x) -> None:
     """Give a block of the model this forward and backward pass, in place.
 
     Raises `UserError` for any other block: what it computes is written out here.
@@ -63,7 +59,7 @@ def apply(
             f"{', '.join(kind.__name__ for kind in children.values())}: use selective"
         )
     of = block.attention
-    plan = Plan(of.head_dim, block.attention_norm.eps, of.backend, gather, reduce_scatter)
+    plan = Plan(of.head_dim, block.attention_norm.eps, of.attend, gather, reduce_scatter)
     # compiling would look into the backward pass, where attention's own is called
     run = torch.compiler.disable(partial(_forward, block, block.forward, plan))
     block.forward = run  # type: ignore[method-assign]
@@ -76,9 +72,9 @@ def _forward(
     if cache is not None:
         return plain(x, freqs_cis, docs, cache)
     a, f = block.attention, block.feed_forward
-    matrices = (m.weight for m in (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3))
-    norms = block.attention_norm.weight, block.ffn_norm.weight
-    out: Tensor = _Block.apply(plan, x, freqs_cis, docs, *matrices, *norms)
+    modules = a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3, block.attention_norm, block.ffn_norm
+    weights = (local(module.weight) for module in modules)
+    out: Tensor = _Block.apply(plan, x, freqs_cis, docs, *weights)
     return out
 
 
@@ -95,7 +91,7 @@ class _Block(Function):
         # attention keeps what its own backward pass needs
         with torch.enable_grad():
             heads = [t.detach().requires_grad_() for t in (rope(q, table), rope(k, table), v)]
-            mixed = attention(heads[0], heads[1], heads[2], docs, plan.backend)
+            mixed = plan.attend(heads[0], heads[1], heads[2], docs)
         del q, k, v
         projected = plan.reduce_scatter(F.linear(mixed.detach().flatten(2), wo))
         z, h, _ = function("add_rms_norm_forward", x)(projected, x, norm2, plan.eps)

@@ -4,15 +4,19 @@ none        nothing
 manual      norms and SwiGLU's product, in a backward pass by hand (manual.py): the paper's way
 selective   all but the outputs of matrix products and of attention, by torch
 full        everything: a block keeps its input alone
+budget      full, manual and none, block by block, so that what is kept fits a number of bytes
+            (`llama.costs.modes` chooses)
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llama.parallel import manual
+from llama.parallel.tensor import Seam
 
 aten, llama = torch.ops.aten, torch.ops.llama
 # What is dear to compute. Attention's operators are those that sdpa and the Triton kernels end in.
@@ -26,16 +30,16 @@ DEAR = [
 ]
 
 
-def apply(model: nn.Module, mode: str) -> None:
-    """Set up every block of the model in place; its forward is wrapped, so no name changes."""
-    if mode == "none":
-        return
+def apply(model: nn.Module, modes: Sequence[str], *seams: Seam) -> None:
+    """Set up every block of the model in place, each with its mode; no name changes.
+
+    `seams` are those of tensor.py where a sequence is divided.
+    """
     again = functools.partial(checkpoint, use_reentrant=False)
-    if mode == "selective":
-        contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
-        again = functools.partial(again, context_fn=contexts)
-    for block in model.layers:  # type: ignore[union-attr]
+    contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
+    wrappers = {"full": again, "selective": functools.partial(again, context_fn=contexts)}
+    for block, mode in zip(model.layers, modes, strict=True):  # type: ignore[arg-type]
         if mode == "manual":
-            manual.apply(block)
-        else:
-            block.forward = functools.partial(again, block.forward)
+            manual.apply(block, *seams)
+        elif mode != "none":
+            block.forward = functools.partial(wrappers[mode], block.forward)

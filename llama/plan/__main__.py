@@ -21,7 +21,8 @@ def memory_table(cfg: Config, plan: Plan, chip: Chip) -> str:
     """Bytes of a GPU by recompute mode: the most of each kind, and the most at one time."""
     rows: dict[str, list[str]] = {}
     usable = layouts.ROOM * chip.memory
-    for mode in MODES:
+    modes = [*MODES, *["budget"] * (plan.layout.recompute == "budget")]
+    for mode in modes:
         phases = costs.memory(cfg.model, replace(plan.layout, recompute=mode)).values()
         for name in next(iter(phases)):
             rows.setdefault(name, []).append(show_bytes(max(parts[name] for parts in phases)))
@@ -29,7 +30,7 @@ def memory_table(cfg: Config, plan: Plan, chip: Chip) -> str:
         rows.setdefault("peak, not all at once", []).append(show_bytes(peak))
         fits = f"fits {show_bytes(usable)} of {show_bytes(chip.memory)}"
         rows.setdefault(fits, []).append("yes" if peak <= usable else "no")
-    header = ("a GPU's memory, recompute", *MODES)
+    header = ("a GPU's memory, recompute", *modes)
     return cli.table(header, ((name, *values) for name, values in rows.items()))
 
 
@@ -39,6 +40,7 @@ def ranking(plans: list[Plan], cfg: Config) -> str:
     for plan in plans[:SHOWN]:
         at, (causal, palm) = plan.layout, plan.step.mfu
         days = cfg.train.tokens / (plan.step.tokens_per_s * at.gpus * 86400)
+        recompute = at.recompute + f" {show_bytes(at.budget)}" * (at.recompute == "budget")
         layout = f"replicate {at.replicate} shard {at.shard}"
         layout += f" tensor {at.tensor}" * (at.tensor > 1) + f" context {at.context}" * (
             at.context > 1
@@ -46,7 +48,7 @@ def ranking(plans: list[Plan], cfg: Config) -> str:
         rows.append(
             (
                 f"{plan.step.tokens_per_s:,.0f}", f"{100 * causal:.1f}%", f"{100 * palm:.1f}%",
-                show_bytes(plan.bytes), f"{days:.1f}", at.recompute, at.micro_batch, layout,
+                show_bytes(plan.bytes), f"{days:.1f}", recompute, at.micro_batch, layout,
             )
         )  # fmt: skip
     return cli.table(header, rows)

@@ -42,8 +42,8 @@ def planned(stack: str, point: Point, efficiency: float) -> float:
     told = tables()["stacks"][stack]
     chip = CHIPS[told["chip"]]
     chip = replace(chip, attention=told.get("attention", chip.attention))
-    again = told.get("again", 0.0)
-    step = speed.step(model(point.model), point.layout, chip, efficiency, point.passes, again)
+    options = {key: told[key] for key in ("again", "stops") if key in told}
+    step = speed.step(model(point.model), point.layout, chip, efficiency, point.passes, **options)
     return step.tokens_per_s
 
 

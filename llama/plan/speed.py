@@ -6,6 +6,7 @@ bytes over bandwidth plus hops times latency, and hide behind the computation as
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from llama import costs
@@ -96,15 +97,19 @@ class Step:
 
 
 def step(
-    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int, again: float = 0.0
-) -> Step:
+    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int,
+    again: float = 0.0, stops: bool = True,
+) -> Step:  # fmt: skip
     """The time of a step of `passes` micro-batches.
 
-    `again` is the share of the matrix products that selective recompute makes once more.
+    `again` is the share of the matrix products that selective recompute makes once more, `stops`
+    whether full recompute leaves out what the backward pass does not need, as torch since 2.1.
     """
     e, t, d, f = at.element_bytes, at.tensor, cfg.dim, cfg.hidden_dim
     tokens, L, V = at.tokens, cfg.n_layers, cfg.vocab_size or 0
-    block, root = (sum(r * c for r, c in part) for part in costs.shapes(cfg, t))
+    block, root = (sum(r * c for r, c in part.values()) for part in costs.shapes(cfg, t))
+
+    full = sum(r * c for r, c in costs.made_again(cfg, t)) if stops else block
 
     def compute(matmul: float, attention: float, moved: float) -> float:
         """Per token: FLOPs of products and of attention, elements read and written, in one GPU."""
@@ -117,12 +122,14 @@ def step(
     dot = 2 * at.seq_len * d / t
     forward = compute(2 * block, dot, (12 * d + 3 * f) / t)
     backward = compute(4 * block, 2.5 * dot, (14 * d + 5 * f) / t)
-    repeated = {
+    again_in = {
         "none": 0.0,
         "manual": compute(0, 0, 4 * d / t),
         "selective": compute(2 * again * block, 0, (12 * d + 3 * f) / t),
-        "full": forward,
-    }[at.recompute]
+        "full": compute(2 * full, dot, (12 * d + 3 * f) / t),
+    }
+    share = {mode: n / L for mode, n in Counter(costs.modes(cfg, at)).items()}
+    repeated = sum(again_in[mode] * part for mode, part in share.items())
     # two gathers and two reductions of the sequence's activations each way, in plain sight
     sequence = 4 * Group(chip, t, 1).seconds(e * d * tokens)
     ring = _ring(cfg, at, chip, compute(0, dot, 0))
@@ -143,7 +150,7 @@ def step(
         "backward pass": passes * L * backward,
         "made again": passes * L * repeated,
         "head and loss": passes * compute(6 * V * d / t, 0, 3 * V / t),
-        "tensor parallel": passes * L * (2 + (at.recompute == "full")) * sequence,
+        "tensor parallel": passes * L * (2 + share.get("full", 0)) * sequence,
         "context parallel": passes * L * ring,
         "FSDP beside them": passes * L * fsdp,
         "FSDP before and after": passes * edges,

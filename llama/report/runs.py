@@ -20,6 +20,7 @@ from llama.cli import UserError, show_count
 from llama.data import ledger, shards
 from llama.data.ledger import Passage, Spent
 from llama.data.order import Order
+from llama.runtime.metrics import lineage
 from tokenizer.tokenizer import Tokenizer
 
 # One colour per run everywhere, told apart by colour-blind readers (Okabe and Ito 2008).
@@ -102,7 +103,7 @@ def read(paths: Sequence[str]) -> list[Run]:
             label,
             look,
             config.of_run(folder),
-            list(_read_rows(folder / "metrics.jsonl")),
+            lineage(_read_rows(folder / "metrics.jsonl")),
             *map(_object, (folder / "env.json", folder / "EXIT_REASON")),
         )
         for folder, label, look in zip(folders, labels, LOOKS, strict=False)

@@ -2,34 +2,39 @@
 
 `ckpt/step-00001200/` holds DCP tensor files, `state.json` and `manifest.json` (size and sha256 of
 every other file). It is written aside, hashed, fsynced and renamed by rank 0 only when every rank
-has succeeded; it is never written again. Loading checks every hash first and falls back to the next
-older checkpoint, loudly. DCP's metadata is a pickle: it is read with an allow-list, and everything
-that is no tensor lives in the JSON. Collectives of a save run on the gloo group of the world.
+has succeeded; it is never written again, only `KEEP` may be laid beside. Loading checks every hash
+first and falls back to the next older checkpoint, loudly. DCP's metadata is a pickle: it is read
+with an allow-list, and everything that is no tensor lives in the JSON.
 """
 
 import errno
 import hashlib
 import io
+import os
 import pickle
 import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from llama import files
+from llama import faults, files
 from llama.cli import UserError, show_bytes
 from llama.runtime.world import World
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+MANIFEST, STATE, METADATA, KEEP = "manifest.json", "state.json", ".metadata", "KEEP"
+# what DCP has to say about its own insides; for good, since a save may run in a thread
+warnings.filterwarnings("ignore", module="torch.distributed")
 
 # What DCP's own metadata may name; anything else in the pickle is refused before it runs.
 _DCP = "torch.distributed.checkpoint"
@@ -75,6 +80,11 @@ def folder(run: str | Path) -> Path:
     return Path(run) / "ckpt"
 
 
+def path_of(run: str | Path, step: int) -> Path:
+    """The checkpoint of a step, whether it exists or not."""
+    return folder(run) / f"step-{step:08d}"
+
+
 def steps(run: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every finished checkpoint of a run, oldest first."""
     place = folder(run)
@@ -105,7 +115,10 @@ def damage(path: Path, hashes: bool = True, part: int = 0, parts: int = 1) -> st
     """
     try:
         manifest = files.read_json(path / MANIFEST)
-        if manifest["sha256"] != _own_hash(manifest) or f"step-{manifest['step']:08d}" != path.name:
+        if (
+            manifest["sha256"] != _own_hash(manifest)
+            or path_of("", manifest["step"]).name != path.name
+        ):
             return f"{MANIFEST} is not what was written"
         listed: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in sorted(listed.items())[part::parts]:
@@ -135,24 +148,25 @@ def save(
     state: dict[str, Any],
     world: World,
     keep: int,
+    keep_every: int | None = None,
 ) -> str | None:
     """Write `step-<step>`; all ranks call it together. Returns what failed, or None.
 
-    A failure on one rank removes the folder, leaves every older checkpoint alone, and is the same
-    text on every rank: training may go on.
+    `prune` says which older ones stay. A failure on one rank removes the folder, leaves every older
+    checkpoint alone, and is the same text on every rank: training may go on.
     """
-    place = folder(run)
-    final = place / f"step-{step:08d}"
+    place, final = folder(run), path_of(run, step)
 
     def make() -> Path:
         part = place / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
         part.mkdir(parents=True)
+        faults.point("ckpt.folder", step=step)
         return part
 
     part, problem = world.broadcast(_attempt(make) if world.leads else None)
     if problem:
         return str(problem)
-    written, problem = _attempt(lambda: _write_rank(part, tensors, world))
+    written, problem = _attempt(lambda: _write_rank(part, step, tensors, world))
     results = world.gather((written, problem))
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
     if world.leads and not problems:
@@ -160,10 +174,14 @@ def save(
         _, problem = _attempt(lambda: _publish(part, final, step, every, state))
         problems += [problem] if problem else []
     if world.leads and problems:
+        # DCP hides a full disk behind a broken write position
+        problems.append(f"{show_bytes(files.free_bytes(place))} free on the disk")
         shutil.rmtree(part, ignore_errors=True)
     verdict: str | None = world.broadcast("; ".join(problems) or None)
     if not verdict and world.leads:
-        prune(run, keep)
+        _, problem = _attempt(lambda: prune(run, keep, keep_every))
+        if problem:
+            world.say(f"WARNING: older checkpoints cannot be removed: {problem}")
     return verdict
 
 
@@ -180,19 +198,41 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
 def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
-        # DCP wraps what each rank raised; a full disk reaches us as a broken write position
+        # DCP wraps what each rank raised
         error = next(iter(failures.values()))[0]
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else text
 
 
-def _write_rank(part: Path, tensors: dict[str, torch.Tensor], world: World) -> dict[str, Any]:
+def _write_rank(
+    part: Path, step: int, tensors: dict[str, torch.Tensor], world: World
+) -> dict[str, Any]:
     """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
-    return {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
+    writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=False)
+    writer.fs = _Files()
+    dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
+    faults.point("ckpt.written", part / f"__{world.rank}_0.distcp", step=step)
+    entries = {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
+    faults.point("ckpt.hashed", part / f"__{world.rank}_0.distcp", step=step)
+    return entries
+
+
+class _Files(FileSystem):
+    """DCP's files, on the disk once closed: its own fsync comes before the buffer is written."""
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            faults.point("file.opened", path, name=Path(path).name)
+            yield stream
+        faults.point("file.written", path, name=Path(path).name)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        faults.point("file.synced", path, name=Path(path).name)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        faults.point("file.renamed", new_path, name=Path(new_path).name)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -204,6 +244,7 @@ def _publish(
 ) -> None:
     """Complete the folder and give it its name; only rank 0, only when all ranks have written."""
     files.write_json(part / STATE, state)
+    faults.point("ckpt.state", part / STATE, step=step)
     for name in (STATE, METADATA):
         every[name] = _entry(part / name)
     present = {path.name for path in part.iterdir()}
@@ -211,12 +252,20 @@ def _publish(
         raise OSError(f"the files on disk are not those written: {sorted(present ^ set(every))}")
     manifest: dict[str, Any] = {"format": 1, "step": step, "files": every}
     files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
+    faults.point("ckpt.listed", part / MANIFEST, step=step)
     files.fsync_folder(part)
+    faults.point("ckpt.synced", step=step)
     if final.exists():
         # only a damaged one can stand in the way: a good one would have been resumed from
         final.rename(_free_name(final.parent, "corrupt"))
+        faults.point("ckpt.aside", step=step)
     part.rename(final)
-    files.fsync_folder(final.parent)
+    faults.point("ckpt.renamed", step=step)
+    for place in final.parents[:4]:
+        # ckpt/, the run and runs/ may be new as well; what is above may be closed to us
+        with suppress(PermissionError):
+            files.fsync_folder(place)
+    faults.point("ckpt.named", step=step)
 
 
 def _free_name(place: Path, word: str) -> Path:
@@ -226,12 +275,38 @@ def _free_name(place: Path, word: str) -> Path:
     return path
 
 
-def prune(run: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, each by a rename first."""
-    for _, path in steps(run)[:-keep]:
-        trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
-        path.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+def prune(run: str | Path, keep: int, keep_every: int | None = None) -> None:
+    """Remove checkpoints, each by a rename first.
+
+    The newest `keep` stay, and as many of those that `protect` has marked; those of every
+    `keep_every` steps stay for good.
+    """
+    found = steps(run)
+    marked = [path for _, path in found if (path / KEEP).exists()]
+    stay = {path for _, path in found[-keep:]} | set(marked[-keep:])
+    for step, path in found:
+        if path not in stay and not (keep_every and step % keep_every == 0):
+            trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
+            path.rename(trash)
+            faults.point("ckpt.trashed", step=step)
+            shutil.rmtree(trash, ignore_errors=True)
+            faults.point("ckpt.pruned", step=step)
+
+
+def protect(path: Path, why: str) -> None:
+    """Keep a checkpoint although newer ones come, also over restarts; rank 0 only."""
+    files.write_atomic(path / KEEP, why + "\n")
+    faults.point("ckpt.protected")
+
+
+def abandon(run: str | Path, step: int, branch: int) -> None:
+    """Rename the checkpoints after a step that were saved before this rewind, oldest first."""
+    for number, path in steps(run):
+        # what cannot be read is found damaged when it is to be loaded
+        with suppress(UserError):
+            if number > step and read_state(path).get("branch", 0) < branch:
+                path.rename(_free_name(path.parent, "abandoned"))
+    files.fsync_folder(folder(run))
 
 
 def sweep(run: str | Path) -> None:
@@ -274,9 +349,7 @@ def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Fill `tensors` in place, resharding as needed; all ranks call it together."""
     problem = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
+        dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -285,11 +358,12 @@ def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
         raise UserError(f"{path} cannot be loaded into this model: {problem}")
 
 
-def refuse_small_disk(run: str | Path, needed_bytes: int) -> None:
-    """Refuse to start where not even one more checkpoint fits."""
-    free = files.free_bytes(run)
+def refuse_small_disk(run: str | Path, needed_bytes: int, keep: int = 0) -> None:
+    """Refuse to start where not one more checkpoint fits; warn where `keep` and one more do not."""
+    free, missing = files.free_bytes(run), max(keep + 1 - len(steps(run)), 1)
+    text = f"the disk of {run} has {show_bytes(free)} free, one checkpoint takes "
+    text += f"{show_bytes(needed_bytes)}"
     if free < needed_bytes:
-        raise UserError(
-            f"the disk of {run} has {show_bytes(free)} free, one checkpoint takes "
-            f"{show_bytes(needed_bytes)}: free some space or use another disk"
-        )
+        raise UserError(f"{text}: free some space or use another disk")
+    if free < missing * needed_bytes:
+        print(f"WARNING: {text}, and there will be {missing} more (checkpoint.keep {keep})")

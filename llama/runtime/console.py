@@ -13,7 +13,8 @@ import torch
 from llama import costs, optim
 from llama.cli import show_count, show_seconds
 from llama.data import mixture
-from llama.runtime import metrics
+from llama.parallel import fsdp
+from llama.runtime import metrics, stragglers
 from llama.runtime.state import State, Step
 from llama.runtime.world import peak_bytes
 
@@ -25,7 +26,7 @@ def announce(state: State) -> None:
     """What a person wants to know before the first line appears."""
     cfg, here = state.cfg, state.world
     windows = state.order.segment(state.step).batch_windows
-    micro_steps = math.ceil(windows / (state.micro_batch * here.size))
+    micro_steps = math.ceil(windows / (state.micro_batch * state.place.data_size))
     flops = windows * cfg.data.seq_len * costs.flops_per_token(cfg.model, cfg.data.seq_len)[0]
     seconds = flops / here.size / (USUAL_SHARE * matmul_flops(here.device, state.dtype))
     here.say(
@@ -43,6 +44,8 @@ def announce(state: State) -> None:
             f"WARNING: optim.warmup_steps {cfg.optim.warmup_steps} is longer than the run of "
             f"{state.steps} steps:\nthe learning rate never reaches {cfg.optim.lr}"
         )
+    for sentence in fsdp.without_effect(state.model, cfg.parallel, micro_steps):
+        here.say(f"WARNING: {sentence}")
     for name in sorted(set(state.sources) - set(state.valid)):
         here.say(f"no validation for {name}: its held-out documents fill no window")
     assert isinstance(cfg.data.mixture, dict)
@@ -54,7 +57,9 @@ def announce(state: State) -> None:
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this device now, from a few milliseconds of one."""
     size = 4096 if device.type == "cuda" else 512
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    # a generator of its own: the run's random numbers go on as if nothing had been asked
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     spent = []
     for _ in range(3):
         began = time.perf_counter()
@@ -72,7 +77,6 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
     causal, palm = costs.flops_per_token(cfg.model, cfg.data.seq_len)
     each = rate / here.size
     row: dict[str, Any] = {
-        "branch": 0,
         "loss": loss,
         "lr": optim.learning_rate(cfg.optim, state.step - 1, state.steps),
         "grad_norm": norm,
@@ -82,15 +86,17 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
         "mfu_palm": each * palm / peak if peak else None,
         "memory_gib": peak_bytes(here.device) / 2**30,
         "data_wait_pct": waiting,
+        "checkpoint_stall_s": state.saver.take_stall(),
         "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
     }
+    row["spikes"], row["skipped_steps"], _ = map(int, state.guard.counts.tolist())
+    fixed_s = 1e12 / matmul_flops(here.device, state.dtype) if here.device.type == "cuda" else None
+    row |= stragglers.compare(state.pace, here, fixed_s)
     for name, (loss_sum, tokens) in zip(state.order.names, state.window.tolist(), strict=True):
         if tokens:
             row[f"loss/{name}"] = loss_sum / tokens
     state.window.zero_()
     here.say(metrics.line(state.step, state.steps, {"tokens": state.tokens, **row}))
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        here.say(f"WARNING: step {state.step} changed nothing: loss {loss}, gradient norm {norm}")
     return row
 
 

@@ -37,7 +37,7 @@ def held(run: Path, here: World) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            problem = f"{run} is being trained by another process: wait for it or use --name other"
+            problem = f"{run} is being trained or verified: wait for it or use --name other"
     together(problem, here)
     try:
         yield
@@ -58,7 +58,7 @@ def check(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
     if here.leads:
         try:
             _refuse_changes(run, cfg)
-            checkpoint.refuse_small_disk(run, checkpoint_bytes)
+            checkpoint.refuse_small_disk(run, checkpoint_bytes, cfg.checkpoint.keep)
         except UserError as error:
             problem = str(error)
     together(problem, here)

@@ -1,17 +1,21 @@
 """Numbers of a run: one line a log step on the terminal, every number in metrics.jsonl.
 
-metrics.jsonl is the record: rows are appended by rank 0, steps strictly increase, also over
-interruptions (rows behind the step a run resumes from are dropped). wandb and tensorboard get the
-same rows; neither can stop a run.
+metrics.jsonl is the record: rows are appended by rank 0, steps strictly increase within a branch,
+also over interruptions (rows behind the step a run resumes from are dropped). A rewind begins the
+next branch and the rows of the last one stay: `lineage` leaves out those it took back. wandb and
+tensorboard get the same rows; neither can stop a run.
 """
 
 import os
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import orjson
 
@@ -23,10 +27,17 @@ from llama.config import LogConfig
 class Metrics:
     """Writes rows; made on rank 0 only."""
 
-    def __init__(self, run: Path, cfg: LogConfig, resume_step: int, settings: dict[str, Any]):
+    def __init__(
+        self,
+        run: Path,
+        cfg: LogConfig,
+        resume_step: int,
+        settings: dict[str, Any],
+        branch: int = 0,
+    ) -> None:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
-            keep_rows(self.path, resume_step)
+            keep_rows(self.path, resume_step, branch)
         self._file = open(self.path, "ab")
         self._sinks = [s for s in (_wandb(run, cfg, settings), _tensorboard(run, cfg)) if s]
         self._lost = False
@@ -53,7 +64,8 @@ class Metrics:
         with suppress(OSError):
             self._file.flush()
             os.fsync(self._file.fileno())
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 class Clock:
@@ -80,17 +92,28 @@ class Clock:
         return rate, waiting
 
 
-def keep_rows(path: Path, last_step: int) -> None:
-    """Drop rows after `last_step`, and a last row cut off by a kill."""
+def keep_rows(path: Path, last_step: int, branch: int = 0) -> None:
+    """Drop rows of `branch` after `last_step`, later branches, and a row cut off by a kill."""
     kept = []
     for line in path.read_bytes().splitlines():
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
-        if row["step"] <= last_step:
+        of = row.get("branch", branch)
+        if of < branch or of == branch and row["step"] <= last_step:
             kept.append(line + b"\n")
     files.write_atomic(path, b"".join(kept))
+
+
+def lineage(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the run as it stands: without the steps that a later branch made again."""
+    kept: list[dict[str, Any]] = []
+    for row in rows:
+        while kept and "step" in row and kept[-1].get("step", 0) >= row["step"]:
+            kept.pop()
+        kept.append(row)
+    return kept
 
 
 HEADER = (
@@ -121,12 +144,15 @@ def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
         return None
     try:
         import wandb
-    except ImportError as error:
+    except Exception as error:  # a broken package raises anything
         raise UserError(f"log.wandb is {cfg.wandb} but wandb is not installed: {error}") from error
-    mode = cfg.wandb
-    if mode == "online" and not wandb.api.api_key:
-        print("WARNING: log.wandb is online but there is no API key: logging offline")
+    mode, host = cfg.wandb, wandb.setup().settings.base_url
+    lacks = "there is no API key" if not wandb.api.api_key else f"{host} does not answer"
+    if mode == "online" and not (wandb.api.api_key and _answers(host)):
+        print(f"WARNING: log.wandb is online but {lacks}: logging offline")
         mode = "offline"
+    # what it would note of the machine has the command line in it, and that may hold a secret
+    private = dict(disable_git=True, disable_code=True, x_disable_meta=True)
     try:
         tracked = wandb.init(
             project="llama-pretraining",
@@ -136,7 +162,7 @@ def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
             dir=str(run),
             mode=mode,
             config=settings,
-            settings=wandb.Settings(init_timeout=20, disable_git=True, disable_code=True),
+            settings=wandb.Settings(init_timeout=5, **private),
         )
     except Exception as error:  # unreachable server, full disk: a logger must never end a run
         print(f"WARNING: wandb cannot start ({error}); training goes on without it")
@@ -148,12 +174,23 @@ def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
     return wandb_sink
 
 
+def _answers(url: str) -> bool:
+    """Whether a server takes connections; behind a proxy only the attempt to log in can tell."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=3).close()
+    except OSError:
+        return bool(getproxies())
+    return True
+
+
 def _tensorboard(run: Path, cfg: LogConfig) -> Any:
     if not cfg.tensorboard:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+    except Exception as error:
         raise UserError(f"log.tensorboard is on but cannot be imported: {error}") from error
     writer = SummaryWriter(str(run / "tensorboard"))
 
@@ -170,17 +207,19 @@ class Tee:
     """Standard output that is also appended to train.log."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1, encoding="utf-8")
         self._out = sys.stdout
 
     def write(self, text: str) -> int:
-        # a full disk loses the copy, not the run; metrics.row warns
-        with suppress(OSError):
-            self._file.write(text)
-        return self._out.write(text)
+        # a full disk loses a copy, not the run, and so does a terminal that is gone
+        for file in (self._file, self._out):
+            with suppress(OSError):
+                file.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        self._out.flush()
+        with suppress(OSError):
+            self._out.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._out, name)

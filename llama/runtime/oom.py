@@ -22,7 +22,7 @@ from llama import costs
 from llama.cli import UserError, show_bytes
 from llama.config import Config, ModelConfig
 from llama.costs import Layout
-from llama.parallel import fsdp
+from llama.parallel.layout import resolve, with_micro_batch
 from llama.runtime.state import State
 from llama.runtime.world import World, peak_bytes
 
@@ -99,19 +99,8 @@ def where(error: BaseException, phase: str, state: State | None) -> str:
 
 def layout_of(cfg: Config, here: World, state: State | None) -> Layout:
     """What decides the bytes of a process; while it is built there are no activations yet."""
-    auto = 2 if here.device.type == "cuda" else 4
-    replicate, shard = fsdp.layout(cfg.parallel, here.size)
-    micro_batch = state.micro_batch if state else 0
-    windows = cfg.train.batch_tokens // cfg.data.seq_len // here.size
-    return Layout(
-        seq_len=cfg.data.seq_len,
-        micro_batch=micro_batch,
-        shard=shard,
-        replicate=replicate,
-        recompute=cfg.parallel.recompute,
-        element_bytes={"float32": 4, "bfloat16": 2}.get(cfg.train.dtype, auto),
-        accumulates=0 < micro_batch < windows,
-    )
+    at = resolve(cfg, here.size, here.device.type == "cuda")
+    return with_micro_batch(cfg, at, state.micro_batch if state else 0)
 
 
 def available(device: torch.device) -> int:

@@ -4,18 +4,21 @@ Tensors (weights, moments) go through llama.runtime.checkpoint by name; all else
 refuses another model, tokenizer or data: training on by accident is worse than stopping.
 """
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from llama import config, optim
-from llama.cli import UserError, show_seconds
+from llama.cli import UserError
 from llama.config import Config, ModelConfig
 from llama.data import order, schedule, shards
-from llama.runtime import checkpoint
+from llama.parallel.fsdp import Place
+from llama.runtime import background, checkpoint
+from llama.runtime.guard import Guard
+from llama.runtime.stragglers import Pace
 from llama.runtime.world import World
 
 
@@ -32,6 +35,7 @@ class State:
     valid: dict[str, shards.Source]
     order: order.Order
     steps: int
+    place: Place
     # processes the gradients are averaged over; windows, dtype and attention of a forward pass
     averaged_over: int
     micro_batch: int
@@ -39,7 +43,10 @@ class State:
     backend: str
     # (sum of token losses, tokens) per source since the last log line, float64
     window: torch.Tensor
+    guard: Guard
+    pace: Pace = field(default_factory=Pace)
     step: int = 0
+    saver: background.Saver = field(default_factory=background.Saver)
 
     @property
     def tokens(self) -> int:
@@ -76,42 +83,72 @@ class Step:
     grad_norm: torch.Tensor
 
 
-def save(state: State) -> bool:
-    """Write a checkpoint of this step; a failure is said, and training may go on."""
-    contents = {
+def contents(state: State) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors."""
+    return {
         "format": 1,
         "step": state.step,
         "tokens": state.tokens,
         "adam_steps": optim.step_count(state.optimizer),
         "segments": state.order.segments,
+        "branch": state.guard.branch,
+        "guard": state.guard.state(),
         "window": dict(zip(state.order.names, state.window.tolist(), strict=True)),
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "fingerprints": state.fingerprints(),
         "config": config.to_dict(state.cfg),
+        "made_by": made_by(state),
     }
-    began = time.monotonic()
-    problem = checkpoint.save(
-        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint.keep
+
+
+def made_by(state: State) -> dict[str, Any]:
+    """What the bits of a step hang on besides the configuration."""
+    return {
+        "processes": state.world.size,
+        "device": state.world.chip,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "micro_batch": state.micro_batch,
+        "attention": state.backend,
+    }
+
+
+@record_function("save")
+def save(state: State, wait: bool = True) -> bool:
+    """Write a checkpoint of this step; a failure is said, and training may go on.
+
+    Without `wait` in the background, as `checkpoint.background` says; False if it failed by now.
+    """
+    every, options = contents(state), state.cfg.checkpoint
+    return state.saver.save(
+        state.run, state.step, state.tensors(), every, state.world, options, wait
     )
-    if problem:
-        text = f"WARNING: the checkpoint of step {state.step} failed: {problem}"
-    else:
-        spent = show_seconds(time.monotonic() - began)
-        text = f"saved {checkpoint.folder(state.run)}/step-{state.step:08d} in {spent}"
-    state.world.say(text)
-    return not problem
 
 
 def resume(state: State) -> bool:
     """Load the newest valid checkpoint of the run; False where there is none."""
     cfg, here = state.cfg, state.world
+    state.saver.finish()
+    if here.leads:
+        _settle(state.run)
     found = checkpoint.choose(state.run, here)
     if found is None:
         return False
-    if cfg.checkpoint.resume == "never":
+    # not a rewind's
+    if cfg.checkpoint.resume == "never" and not state.step:
         raise UserError(
             f"{state.run} has checkpoints and checkpoint.resume is never: use --name other"
         )
+    restore(state, found)
+    here.say(f"resuming {state.run} from step {state.step} ({found.name})")
+    return True
+
+
+def restore(state: State, found: Path) -> None:
+    """Make the state that of a checkpoint; all ranks call it together."""
+    cfg, here = state.cfg, state.world
+    rewinds = here.broadcast(schedule.rewinds(state.run) if here.leads else None)
     saved = checkpoint.read_state(found)
     changed = _refuse_changes(state, saved, found)
     checkpoint.load(found, state.tensors(), here)
@@ -119,13 +156,23 @@ def resume(state: State) -> bool:
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step = saved["step"]
-    state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
+    segments, _ = schedule.goes_on(saved, rewinds)
+    state.order, unread = schedule.go_on(cfg, state.sources, segments, state.step, changed)
+    state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
     for name, windows in unread.items():
         here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
     rows = [saved["window"].get(name, [0.0, 0.0]) for name in state.order.names]
     state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
-    here.say(f"resuming {state.run} from step {state.step} ({found.name})")
-    return True
+
+
+def _settle(run: Path) -> None:
+    """Carry out the last rewind: a kill does not undo what was decided."""
+    rewinds = schedule.rewinds(run)
+    if rewinds and not checkpoint.steps(run):
+        # somebody removed the checkpoints: the run begins anew
+        (run / schedule.REWINDS).unlink()
+    elif rewinds:
+        checkpoint.abandon(run, rewinds[-1]["to"], rewinds[-1]["branch"])
 
 
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:

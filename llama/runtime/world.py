@@ -16,18 +16,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama import faults
+
 START_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `control` carries decisions and saves, on CPU tensors only."""
+    """Where this process stands. `control` carries decisions, on CPU tensors only.
+
+    `saves` carries what a save says beside them, in a thread of its own.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup
+    saves: dist.ProcessGroup
     under_torchrun: bool
 
     @property
@@ -36,13 +42,13 @@ class World:
 
     @property
     def chip(self) -> str:
-        """The GPU as torch names it, or cpu."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return chip(self.device)
 
     def say(self, text: str) -> None:
         """Print once for the whole world."""
         if self.leads:
-            print(text, flush=True)
+            # one write: a save in the background speaks too
+            print(f"{text}\n", end="", flush=True)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -63,24 +69,40 @@ class World:
         return int(tensor)
 
 
+def chip(device: torch.device) -> str:
+    """The GPU as torch names it, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, processes, local rank) of torchrun; those of a single process without it."""
+    rank, size, local = map(os.environ.get, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return (int(rank), int(size), int(local or 0)) if rank and size else (0, 1, int(local or 0))
+
+
+def own_device() -> torch.device:
+    """The GPU of this process on its machine, or the CPU."""
+    return torch.device("cuda", launched()[2]) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def start() -> World:
     """Join the process group that torchrun describes, or make one of a single process."""
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    (_, size, local_rank), device = launched(), own_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if launched else alone))
+    dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if size > 1 else alone))
+    faults.point("start.joined")
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
         device=device,
         control=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
+        saves=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         under_torchrun=under_torchrun,
     )
 

@@ -1,0 +1,73 @@
+"""Chosen steps of a run as Chrome traces, and on GPUs what held their memory.
+
+The loop's batches in, the same batches out; beside them, in runs/<name>/profile, rank-R-steps-A-B
+as .json.gz (for Perfetto and `python -m llama.trace`) and as .pickle (for pytorch.org/memory_viz).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.profiler import profile, record_function
+
+from llama.runtime.metrics import Clock
+from llama.runtime.state import State
+
+Batch = tuple[int, torch.Tensor, torch.Tensor]
+# a machine's processes; thousands of traces would say nothing more
+RANKS = 8
+MEMORY_EVENTS = 1_000_000
+
+
+def recorded(batches: Iterator[Batch], state: State, clock: Clock) -> Iterator[Batch]:
+    """The same batches, recording the steps of `log.profile`, counted as in the log from 1."""
+    first, last = map(int, (state.cfg.log.profile or "0-0").split("-"))
+    steps = range(max(first, state.step + 1), min(last, state.steps) + 1)
+    if last and not steps:
+        to_come = f"steps {state.step + 1} to {state.steps} are to come"
+        state.world.say(f"WARNING: log.profile {first}-{last} has no effect: {to_come}")
+    if steps and state.world.rank < RANKS:
+        while state.step + 1 < steps[0]:
+            yield next(batches)
+        with _recording(state, clock):
+            # of the state: a run may be rewound
+            while state.step < steps[-1]:
+                with record_function(f"step {state.step + 1}"):
+                    with record_function("data"):
+                        batch = next(batches)
+                    yield batch
+    yield from batches
+
+
+@contextmanager
+def _recording(state: State, clock: Clock) -> Iterator[None]:
+    """Record what happens inside and write it; a failure is said and training goes on."""
+    here, folder, first = state.world, state.run / "profile", state.step + 1
+    cuda = here.device.type == "cuda"
+    if cuda:
+        # what was launched before belongs to no recorded step
+        torch.cuda.synchronize()
+        torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+    # the GPU's kernels too, where there is one
+    recorder = profile()
+    recorder.start()
+    try:
+        yield
+    finally:
+        with clock.paused():
+            recorder.stop()
+            # fewer than asked for, where the run was stopped
+            path = folder / f"rank-{here.rank}-steps-{first}-{state.step}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                # a trace that a kill cut off is no trace
+                recorder.export_chrome_trace(f"{path}.part.gz")
+                os.replace(f"{path}.part.gz", f"{path}.json.gz")
+                if cuda:
+                    torch.cuda.memory._dump_snapshot(f"{path}.pickle")
+                    torch.cuda.memory._record_memory_history(enabled=None)
+                without = "" if cuda else " (no memory snapshot: a CPU has none)"
+                here.say(f"steps {first} to {state.step} are in {folder}{without}")
+            except (OSError, RuntimeError) as error:
+                print(f"WARNING: {path} cannot be written ({error}); training goes on")

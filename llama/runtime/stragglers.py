@@ -1,0 +1,80 @@
+"""Slow processes: which rank keeps the others waiting, and by how much.
+
+In a collective the fast wait for the slow, so steps take as long everywhere. What is compared is
+a process's own part of a step: the time from one step to the next, less what it spent waiting in
+collectives. On GPUs, whose work runs behind the host, a fixed product on the idle device stands
+for it: a throttled GPU is found there, a slow host is not.
+"""
+
+import functools
+import platform
+import statistics
+import time
+from collections import deque
+from typing import Any
+
+import torch.distributed as dist
+
+from llama.runtime.world import World
+
+# Slower than the median of the ranks by this much is named; 1.2 must be, and clocks are not exact.
+SLOW = 1.15
+STEPS, FEWEST = 32, 10
+
+
+class Pace:
+    """Seconds that this process itself took for each of the last steps."""
+
+    def __init__(self) -> None:
+        self.own_s: deque[float] = deque(maxlen=STEPS)
+        self.named: int | None = None
+        self._since: tuple[float, float] | None = None
+
+    def mark(self) -> None:
+        """A step has ended and the next one begins."""
+        now, waited = time.monotonic(), _waited()[0]
+        if self._since:
+            self.own_s.append(now - self._since[0] - (waited - self._since[1]))
+        self._since = now, waited
+
+
+@functools.cache
+def _waited() -> list[float]:
+    """Seconds this process has waited in collectives since the first call."""
+    total, wait = [0.0], dist.Work.wait
+
+    def timed(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return wait(work, *args, **kwargs)
+        finally:
+            total[0] += time.monotonic() - began
+
+    # torch's Python functions, FSDP's too, end in this method; it blocks on CPUs only
+    dist.Work.wait = timed  # type: ignore[assignment, method-assign]
+    return total
+
+
+def compare(pace: Pace, here: World, own_s: float | None = None) -> dict[str, Any]:
+    """Values of a metrics row; rank 0 names a rank that has become slow. All ranks call it.
+
+    `own_s` takes the place of what `pace` has measured.
+    """
+    if here.size == 1:
+        return {}
+    known = len(pace.own_s) >= FEWEST
+    mine = own_s or (statistics.median(pace.own_s) if known else None)
+    ranks = here.gather((mine, platform.node()))
+    times = [seconds for seconds, _ in ranks if seconds]
+    if len(times) < here.size:
+        return {}
+    # of two, the faster one: the slower must not be its own measure
+    usual, slowest = statistics.median_low(times), times.index(max(times))
+    ratio = times[slowest] / usual
+    if ratio > SLOW and slowest != pace.named:
+        here.say(
+            f"WARNING: rank {slowest} on {ranks[slowest][1]} is {ratio:.2f} x slower than the "
+            f"median rank: {times[slowest]:.3g} s of its own a step, not {usual:.3g} s"
+        )
+    pace.named = slowest if ratio > SLOW else None
+    return {"own_s": usual, "own_s_max": times[slowest], "slowest_rank": slowest}

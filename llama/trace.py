@@ -1,0 +1,188 @@
+"""Where the time of recorded steps went: `python -m llama.trace runs/quickstart`.
+
+The Chrome traces that `train.py --profile 10-12` left in runs/<name>/profile in; out, per rank and
+step, milliseconds and shares of the step. A GPU's time is that of its kernels, a CPU's that of
+torch's operators; what either is for is told by the operators and phases around it.
+"""
+
+import gzip
+import math
+import re
+import zlib
+from bisect import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from llama import cli
+from llama.cli import UserError
+
+Events = list[dict[str, Any]]
+Span = tuple[int, int]  # nanoseconds
+# what a device did, when, and when the host asked for it
+Task = tuple[str, Span, int]
+Step = tuple[int, dict[str, int]]
+STEPS_ACROSS = 3
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+# of torch's; the others are bookkeeping, or wait
+OPERATOR = re.compile(r"^(?!autograd|FSDP|_?c10d)\w+::|^## Call Compiled")
+
+# The first that is found: in the name of a collective; of a computation also in what is around it.
+COLLECTIVES = {
+    "all-gather": re.compile("all_?gather", re.I),
+    "reduce-scatter": re.compile("reduce_?scatter", re.I),
+    "all-reduce": re.compile("all_?reduce", re.I),
+    "other collectives": re.compile(""),
+}
+COMPUTATIONS = {
+    "optimizer": re.compile(r"\boptimizer\b"),
+    "copies": re.compile("copy_in|chunk_cat|split_with_sizes_copy|gpu_mem"),
+    "loss": re.compile("LinearCrossEntropy"),
+    "attention": re.compile("attention|CausalBlocks|flash_|fmha|sdpa", re.I),
+    "matrix products": re.compile(r"::(add|b|badd)?mm\b|::(matmul|linear)\b|gemm|nvjet|cutlass"),
+    "norms, elementwise": re.compile(""),
+}
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The spans in order, those that touch as one."""
+    found: list[Span] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def covered(spans: Iterable[Span], low: int, high: int) -> int:
+    """Length of what is covered by at least one of the spans, between `low` and `high`."""
+    return sum(max(0, min(end, high) - max(start, low)) for start, end in union(spans))
+
+
+# -- a trace ---------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[Step]:
+    """The steps of a trace. Raises `UserError` where it is cut off or holds none."""
+    try:
+        with gzip.open(path) as file:
+            events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
+        found = list(steps(events))
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a whole Chrome trace: {error}") from None
+    if not found:
+        raise UserError(f"{path} holds no step of train.py")
+    return found
+
+
+def steps(events: Events) -> Iterator[Step]:
+    """What the nanoseconds of each `step N` of a trace's complete events were spent on.
+
+    Compute, exposed communication, waiting and idling add up to the step; hidden communication is
+    part of compute. What is indented may run at the same time as another, and counts in each.
+    """
+    phases, of, tasks = defaultdict(list), defaultdict(list), list(_tasks(events))
+    for event in events:
+        if event["cat"] == "user_annotation":
+            phases[event["name"]].append(_span(event))
+    for kind, span, _ in tasks:
+        of[kind].append(span)
+    compute, communication = (
+        [span for kind in group for span in of[kind]] for group in (COMPUTATIONS, COLLECTIVES)
+    )
+    named = {name: re.fullmatch(r"step (\d+)", name) for name in phases}
+    marks = [
+        (span, int(match[1])) for name, match in named.items() if match for span in phases[name]
+    ]
+    high = 0
+    for (begin, done), number in sorted(marks):
+        low = max(begin, high)
+        # a GPU goes on with what it was given when the host is already in the next step
+        high = max([high, done, *(span[1] for _, span, asked in tasks if begin <= asked < done)])
+        within = partial(covered, low=low, high=high)
+        computing, busy = within(compute), within(compute + communication)
+        waiting = within(compute + communication + phases["data"]) - busy
+        spent = {
+            "step": high - low,
+            "compute": computing,
+            "exposed communication": busy - computing,
+            "waiting for data": waiting,
+            "idle": high - low - busy - waiting,
+            "hidden communication": within(communication) - (busy - computing),
+        }
+        parts = {kind: of[kind] for kind in (*COMPUTATIONS, *COLLECTIVES)}
+        parts |= {name: phases[name] for name in ("validation", "save")}
+        yield number, spent | {f"  {name}": within(spans) for name, spans in parts.items()}
+
+
+def _span(event: dict[str, Any]) -> Span:
+    start = round(1000 * event["ts"])
+    return start, start + round(1000 * event["dur"])
+
+
+def _tasks(events: Events) -> Iterator[Task]:
+    """What the device did: the GPU's kernels where there are any, else the CPU's operators."""
+    host = [e for e in events if e["cat"] in ("cpu_op", "user_annotation")]
+    around = {
+        kind: union(_span(e) for e in host if pattern.search(e["name"]))
+        for kind, pattern in COMPUTATIONS.items()
+    }
+    asked_at = {e["args"].get("correlation"): _span(e)[0] for e in events if "cuda_" in e["cat"]}
+    # gloo's reduce-scatter is an all-reduce: c10d knows which
+    calls = sorted((_span(e)[0], e["name"]) for e in host if "c10d::" in e["name"])
+    kernels = [e for e in events if e["cat"] in ON_GPU]
+    for event in kernels or host:
+        name, span = event["name"], _span(event)
+        asked = asked_at.get(event["args"].get("correlation"), span[0])
+        if name == "gloo:all_reduce" and calls:
+            name += calls[max(0, bisect(calls, (asked, "~")) - 1)][1]
+        if re.match("gloo:|nccl", name):
+            yield next(k for k, p in COLLECTIVES.items() if p.search(name)), span, asked
+        elif kernels or OPERATOR.search(name):
+            named = f"{event['cat']} {name}"
+            found = (k for k, p in COMPUTATIONS.items() if p.search(named) or _in(around[k], asked))
+            yield next(found), span, asked
+
+
+def _in(spans: list[Span], moment: int) -> bool:
+    """Whether one of the spans, which do not touch, holds the moment."""
+    before = bisect(spans, (moment, math.inf)) - 1
+    return before >= 0 and moment < spans[before][1]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def show(rank: int, found: list[Step]) -> Iterator[str]:
+    """Tables of a rank's steps beside their mean, in milliseconds and percent of the step."""
+    mean = {name: sum(spent[name] for _, spent in found) / len(found) for name in found[0][1]}
+    for low in range(0, len(found), STEPS_ACROSS):
+        columns: dict[str, Any] = {f"step {n}": spent for n, spent in found[low:][:STEPS_ACROSS]}
+        columns |= {"mean": mean} if len(found) > 1 else {}
+        rows = []
+        for name in filter(mean.get, mean):
+            values = ((c[name] / 1e6, 100 * c[name] / c["step"]) for c in columns.values())
+            rows.append([name, *(f"{ms:.1f} {percent:3.0f}%" for ms, percent in values)])
+        yield cli.table((f"rank {rank}, ms", *columns), rows)
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.parser("python -m llama.trace", "Where the time of recorded steps went.")
+    parser.add_argument("run", type=Path, help="A run folder.")
+    run = parser.parse_args(argv).run
+    named = {p: re.match(r"rank-(\d+)-steps-(\d+)", p.name) for p in run.glob("profile/*.json.gz")}
+    traces = sorted((int(m[1]), int(m[2]), path) for path, m in named.items() if m)
+    if not traces:
+        raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
+    for rank, _, path in traces:
+        print("\n\n".join(show(rank, read(path))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
