@@ -90,9 +90,8 @@ def test_citations_are_cut_out() -> None:
     ],
 )
 def test_sentences_are_counted(lines: list[str], sentences: int) -> None:
-    rules = PRESETS["reference"]
     for least, kept in ((sentences, True), (sentences + 1, False)):
-        reason = clean("\n".join(lines), type(rules)(5, least), None)[1]
+        reason = clean("\n".join(lines), (5, least), None)[1]
         assert reason == ("" if kept else "too_few_sentences")
 
 

@@ -222,15 +222,13 @@ def _write_quarantine(summary: Summary) -> None:
 def _write_stats(summary: Summary, plan: Plan, hash: str) -> None:
     made = ((done["unit"], done["files"][done["unit"]]) for done in summary.units)
     outputs = [{"name": n, "bytes": s["bytes"], "sha256": s["sha256"]} for n, s in made]
-    files.write_json(
-        summary.output / STATS,
-        {
-            "recipe": plan.recipe,
-            "options": plan.options,
-            "plan": hash,
-            "total": summary.total,
-            "formats": summary.counts,
-            "left_out": left_out_by_reason(summary.left_out),
-            "outputs": outputs,
-        },
-    )
+    stats = {
+        "recipe": plan.recipe,
+        "options": plan.options,
+        "plan": hash,
+        "total": summary.total,
+        "formats": summary.counts,
+        "left_out": left_out_by_reason(summary.left_out),
+        "outputs": outputs,
+    }
+    files.write_json(summary.output / STATS, stats)

@@ -174,13 +174,15 @@ def fit(texts: Sequence[str], labels: Sequence[str], kind: str, passes: int = 2)
         for begin in range(0, len(order), BATCH_TEXTS):
             batch = order[begin : begin + BATCH_TEXTS]
             found = [FEATURES[kind](codes(texts[i], kind)) for i in batch.tolist()]
-            _learn(weights, squares, found, truth[batch])
+            _learn(weights, squares, found, truth[batch], RATE)
     unit = float(np.abs(weights).max() or 1) / MAX_WEIGHT
     alphabet = _alphabet(texts, truth) if kind == "characters" else np.empty(0, np.uint32)
     return Linear(kind, names, np.rint(weights / unit).astype(np.float32), unit, alphabet)
 
 
-def _learn(weights: Floats, squares: Floats, found: Sequence[Buckets], truth: NDArray[Any]) -> None:
+def _learn(
+    weights: Floats, squares: Floats, found: Sequence[Buckets], truth: NDArray[Any], rate: float
+) -> None:
     """One step of AdaGrad; no matrix products, whose rounding depends on the number of threads."""
     sizes = np.array([len(each) for each in found])
     found, truth, sizes = [f for f in found if len(f)], truth[sizes > 0], sizes[sizes > 0]
@@ -199,7 +201,7 @@ def _learn(weights: Floats, squares: Floats, found: Sequence[Buckets], truth: ND
     slope = np.add.reduceat(error.take(text, axis=0), first)
     rows = buckets[first]
     squares[rows] += slope * slope
-    weights[rows] -= RATE * slope / np.sqrt(squares[rows])
+    weights[rows] -= rate * slope / np.sqrt(squares[rows])
 
 
 def _alphabet(texts: Sequence[str], truth: NDArray[Any]) -> Codes:

@@ -88,11 +88,8 @@ def _format_of(name: str) -> str | None:
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:
     """Documents of one piece of input."""
-    like_plain = plain.Options(
-        source=options.source,
-        text_key=options.text_key,
-        max_document_bytes=options.max_document_bytes,
-    )
+    like_plain = plain.Options(options.source, options.text_key)
+    like_plain.max_document_bytes = options.max_document_bytes
     for item in plain.read(like_plain, piece):
         if isinstance(item, Document):
             # our own documents and others' keep the address one level deeper

@@ -132,11 +132,9 @@ def docstrings(code: str, module: str) -> str:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, _DOCUMENTED):
                 name = f"{path}.{child.name}"
-                signature = (
-                    "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
-                )
+                given = "" if isinstance(child, ast.ClassDef) else f"({ast.unparse(child.args)})"
                 if documentation := ast.get_docstring(child):
-                    parts.append(f"{name}{signature}\n\n{documentation}")
+                    parts.append(f"{name}{given}\n\n{documentation}")
                 visit(child, name)
             elif isinstance(child, ast.If | ast.Try):
                 visit(child, path)
