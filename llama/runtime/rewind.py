@@ -6,6 +6,7 @@ carries out what is written there (llama/runtime/state.py), so that a kill undoe
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from llama import files
@@ -49,6 +50,11 @@ def _act(state: State, step: int, seen: list[float]) -> bool:
         f"step {step} {'changed nothing' if unchanged else 'is a spike'}: loss {loss:.4g} and "
         f"gradient norm {norm:.4g}, limits {loss_limit:.4g} and {norm_limit:.4g}"
     )
+    if spike and here.leads:
+        # the disk may be full, and the oldest just on its way out
+        with suppress(OSError):
+            for _, path in [found for found in checkpoint.steps(state.run) if found[0] < step][-1:]:
+                checkpoint.protect(path, what)
     decision = None
     if unchanged >= cfg.patience:
         raise UserError(
