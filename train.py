@@ -5,9 +5,16 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 `train` is the loop: pretraining, fine-tuning, benchmarks and tests all use these three.
 """
 
+from llama.runtime import signals
+
+if __name__ == "__main__":
+    # first of all: a signal that comes while torch is imported is heard too
+    signals.listen()
+
 import gc
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from kernels import attention
-from llama import cli, config, costs, files, optim
+from llama import cli, config, costs, faults, files, optim
 from llama.cli import UserError, show_bytes, show_count
 from llama.config import Config
 from llama.convert.load import load_weights, recognise
@@ -26,8 +33,9 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply
 from llama.plan import layouts
-from llama.runtime import console, folder, metrics, oom, signals, world
+from llama.runtime import console, folder, metrics, oom, world
 from llama.runtime.state import State, Step, resume, save
+from llama.runtime.watch import Watch
 
 # by then neither compiling nor the first reads show in the speed
 PLAN_AFTER_STEPS = 50
@@ -85,8 +93,8 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
-def validate(state: State) -> dict[str, float]:
-    """Mean loss per source over the first windows of its held-out documents."""
+def validate(state: State, watch: Watch) -> dict[str, float] | None:
+    """Mean loss per source over the first windows of its held-out documents; None if stopped."""
     cfg, here, results = state.cfg, state.world, {}
     assert isinstance(cfg.data.mixture, dict)
     state.model.eval()
@@ -97,6 +105,10 @@ def validate(state: State) -> dict[str, float]:
         # every rank makes the same number of forward passes: FSDP gathers in each
         share = state.micro_batch * here.size
         for low in range(0, len(tokens), share):
+            faults.point("valid.window", step=state.step)
+            watch.poll("validation", state.step)
+            if watch.asked:
+                break
             part = tokens[low : low + share][here.rank :: here.size]
             losses, counts = forward(state, (part if len(part) else tokens[:1]).to(here.device))
             if len(part):
@@ -107,7 +119,7 @@ def validate(state: State) -> dict[str, float]:
     if isinstance(state.model, FSDPModule):
         # a forward pass without a backward pass leaves the root gathered
         state.model.reshard()
-    return results
+    return None if watch.asked else results
 
 
 # -- building a run --------------------------------------------------------------------------------
@@ -194,34 +206,52 @@ def fitting_micro_batch(cfg: Config, here: world.World, batches: list[int]) -> i
 
 def train(cfg: Config) -> int:
     """Train until the last step or until asked to stop. Returns the exit code."""
-    here = world.start()
-    stop = signals.Stop()
+    here = world.start(cfg.train.start_timeout)
+    if world.restarts_may_fail():
+        here.say(
+            "WARNING: a restart by torchrun may fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     run = folder.RUNS / cfg.name
     with oom.explained("building the model", cfg, here):
         state = build(cfg, here, run)
     with folder.held(run, here):
         folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
-        with oom.explained("loading the checkpoint", cfg, here, state):
-            if not resume(state) and cfg.train.init_from:
-                weights, tokenizer = dict(state.model.named_parameters()), state.tokenizer_sha256
-                here.say(load_weights(cfg.train.init_from, weights, here, tokenizer))
+
+        def failed(why: str) -> bool:
+            return folder.exit_reason(run, "failed", f"rank {here.rank}: {why}", state.step)
+
+        watch = Watch(run, here, cfg.train, costs.checkpoint_bytes(cfg.model), failed)
+        faults.point("start.built")
+        # a signal that came while torch was imported and the model built
+        watch.poll("loading", 0)
+        if not watch.asked:
+            with oom.explained("loading the checkpoint", cfg, here, state):
+                if not resume(state) and (path := cfg.train.init_from):
+                    weights = dict(state.model.named_parameters())
+                    here.say(load_weights(path, weights, here, state.tokenizer_sha256))
         folder.record(run, cfg, here)
         try:
-            asked = loop(state, stop)
+            if not watch.asked:
+                loop(state, watch)
         except Exception as error:
-            if here.leads:
-                why = f"{type(error).__name__}: {error}"
-                folder.exit_reason(run, "failed", why, state.step)
+            error.add_note(f"on rank {here.rank} at step {state.step}")
+            if not failed(f"{type(error).__name__}: {error}"):
+                # this error is a consequence: the first rank has told its own
+                sys.stdout.flush()
+                signals.end(f"rank {here.rank} ends: another one has failed", 1)
             raise
+        asked = watch.asked if state.step < state.steps else ""
         if here.leads:
             verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
             folder.exit_reason(run, *verdict, state.step)
+        if asked:
+            here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
     # torchrun takes any other code for a crash
     return cli.EXIT_REQUEUE if asked and not here.under_torchrun else 0
 
 
-def loop(state: State, stop: signals.Stop) -> str | None:
-    """Steps until the end. Returns the signal that stopped it early, or None."""
+def loop(state: State, watch: Watch) -> None:
+    """Steps until the end, or until asked to stop; saved then, where there is progress."""
     cfg, here = state.cfg, state.world
     log = (
         metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg)) if here.leads else None
@@ -231,20 +261,28 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
     planned = layouts.expected(cfg, state.micro_batch, here.size, here.chip)
     settled = state.step + PLAN_AFTER_STEPS
-    reader = loader.Loader(state.sources, state.order)
+    reader = loader.Loader(state.sources, state.order, stalled_after_s=cfg.train.step_timeout)
     clock = metrics.Clock(state.tokens)
 
     def share(number: int) -> tuple[int, int]:
         each = state.order.segment(number).batch_windows // here.size
         return here.rank * each, (here.rank + 1) * each
 
-    asked = None
-    for number, tokens, source in reader.steps(state.step, state.steps, share):
+    def agree(waiting: bool) -> bool | None:
+        waiting = watch.poll("waiting for data", state.step, waiting)
+        return None if watch.asked else waiting
+
+    saved = state.step
+    if state.unvalidated is not None:
+        if (finished := validated(state, watch, state.unvalidated)) and log:
+            log.row(state.step, finished)
+    for number, tokens, source in reader.steps(state.step, state.steps, share, agree):
         assert number == state.step
+        watch.beat("training", number + 1)
+        faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
         last = state.step == state.steps
-        asked = None if last else stop.agreed(here)
         row: dict[str, Any] = {}
         if state.step % cfg.log.every == 0 or state.step == 1 or last:
             row = console.log_row(state, measured, clock, reader.waited_s)
@@ -254,23 +292,33 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):
-                losses = validate(state)
-            here.say(metrics.validation_line(state.step, losses))
-            row |= {f"val/{name}": loss for name, loss in losses.items()}
+                row = validated(state, watch, {"tokens": state.tokens, **row})
         if row and log:
             log.row(state.step, {"tokens": state.tokens, **row})
-        if state.step % cfg.checkpoint.every == 0 or last or asked:
+        if state.step % cfg.checkpoint.every == 0:
+            watch.beat("saving", state.step)
             with clock.paused():
-                saved = save(state)
-            if not saved and (last or asked):
-                raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
-        if asked:
-            here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
-            break
+                saved = state.step if save(state) else saved
+    if saved != state.step:
+        watch.beat("saving", state.step)
+        if not save(state):
+            raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
+    watch.beat("ending", state.step)
     reader.close()
     if log:
         log.close()
-    return asked
+
+
+def validated(state: State, watch: Watch, row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with the losses on held-out documents; cut short, it is left for the next start."""
+    losses, last = validate(state, watch), state.step == state.steps
+    state.unvalidated = row if losses is None and not last else None
+    if losses is None:
+        then = "" if last else "; the next start repeats it"
+        state.world.say(f"validation at step {state.step}: cut short by {watch.asked}{then}")
+        return row if last else {}
+    state.world.say(metrics.validation_line(state.step, losses))
+    return row | {f"val/{name}": loss for name, loss in losses.items()}
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -315,8 +363,9 @@ def main(argv: list[str]) -> int:
             return 0
         return train(cfg)
     except UserError as error:
-        # a rank that runs out of memory may be the only one to know
-        if int(os.environ.get("RANK", 0)) and not isinstance(error, oom.OutOfMemory):
+        # a rank that runs out of memory, or fails in the loop, may be the only one to know
+        alone = isinstance(error, oom.OutOfMemory) or hasattr(error, "__notes__")
+        if int(os.environ.get("RANK", 0)) and not alone:
             _wait_to_be_ended()
         raise
     finally:

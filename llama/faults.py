@@ -23,7 +23,10 @@ from llama.cli import UserError
 VARIABLE = "LLAMA_FAULTS"
 # Each is named after what has just been done.
 _PLACES = {
-    "start": "joined",
+    "start": "joined built",
+    "step": "begun",
+    "data": "asked",
+    "valid": "window",
     "file": "opened written synced renamed",
     "ckpt": "folder written hashed state listed synced aside renamed named trashed pruned",
 }

@@ -1,10 +1,7 @@
 """All sources with one command: in order, checked before it starts, the same after any kill."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import orjson

@@ -40,6 +40,8 @@ class State:
     # (sum of token losses, tokens) per source since the last log line, float64
     window: torch.Tensor
     step: int = 0
+    # a row of metrics whose validation a signal cut short: the next start does it
+    unvalidated: dict[str, Any] | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,6 +87,7 @@ def save(state: State) -> bool:
         "adam_steps": optim.step_count(state.optimizer),
         "segments": state.order.segments,
         "window": dict(zip(state.order.names, state.window.tolist(), strict=True)),
+        "unvalidated": state.unvalidated,
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "fingerprints": state.fingerprints(),
         "config": config.to_dict(state.cfg),
@@ -118,7 +121,7 @@ def resume(state: State) -> bool:
     optim.set_step_count(state.optimizer, saved["adam_steps"])
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
-    state.step = saved["step"]
+    state.step, state.unvalidated = saved["step"], saved.get("unvalidated")
     state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
     for name, windows in unread.items():
         here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
