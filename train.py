@@ -65,6 +65,7 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
         stats.index_add_(0, rows, torch.stack([losses.detach(), counts], dim=1).double())
     dist.all_reduce(stats)
     loss_sum, valid = stats.sum(dim=0)
+    state.saver.before_update()
     norm, found_inf = optim.step(
         state.optimizer,
         lr=optim.learning_rate(cfg.optim, state.step, state.steps),
@@ -220,7 +221,12 @@ def train(cfg: Config) -> int:
         def failed(why: str) -> bool:
             return folder.exit_reason(run, "failed", f"rank {here.rank}: {why}", state.step)
 
-        watch = Watch(run, here, cfg.train, costs.checkpoint_bytes(cfg.model), failed)
+        def save_s() -> float:
+            # until one is measured: 100 MB/s a process, for writing and hashing
+            guess = costs.checkpoint_bytes(cfg.model) / here.size / 100e6
+            return state.saver.longest_s or guess
+
+        watch = Watch(run, here, cfg.train, save_s, failed)
         faults.point("start.built")
         # a signal that came while torch was imported and the model built
         watch.poll("loading", 0)
@@ -235,7 +241,11 @@ def train(cfg: Config) -> int:
                 loop(state, watch)
         except Exception as error:
             error.add_note(f"on rank {here.rank} at step {state.step}")
-            if not failed(f"{type(error).__name__}: {error}"):
+            first = failed(f"{type(error).__name__}: {error}")
+            watch.beat("saving", state.step)
+            # a save in flight may still become whole
+            state.saver.finish(timeout_s=60)
+            if not first:
                 # this error is a consequence: the first rank has told its own
                 sys.stdout.flush()
                 signals.end(f"rank {here.rank} ends: another one has failed", 1)
@@ -298,11 +308,10 @@ def loop(state: State, watch: Watch) -> None:
         if state.step % cfg.checkpoint.every == 0:
             watch.beat("saving", state.step)
             with clock.paused():
-                saved = state.step if save(state) else saved
-    if saved != state.step:
-        watch.beat("saving", state.step)
-        if not save(state):
-            raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
+                saved = state.step if save(state, wait=False) else saved
+    watch.beat("saving", state.step)
+    if not (state.saver.finish() and saved == state.step or save(state)):
+        raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
     watch.beat("ending", state.step)
     reader.close()
     if log:

@@ -193,12 +193,16 @@ class CheckpointConfig:
     Args:
         every: Steps between checkpoints.
         keep: Newest checkpoints that are kept.
+        keep_every: Steps between checkpoints that are kept for good; null for none.
+        background: Whether a copy is written while training goes on; false needs no memory for it.
         resume: auto takes the newest valid one of the run, never starts a new run only.
         accept_changes: Go on although the configuration changed; the differences are printed.
     """
 
     every: int = 100
     keep: int = 2
+    keep_every: int | None = None
+    background: bool = True
     resume: Literal["auto", "never"] = "auto"
     accept_changes: bool = False
 

@@ -28,7 +28,8 @@ _PLACES = {
     "data": "asked",
     "valid": "window",
     "file": "opened written synced renamed",
-    "ckpt": "folder written hashed state listed synced aside renamed named trashed pruned",
+    "ckpt": "staged folder written hashed state listed synced aside renamed named"
+    " protected trashed pruned",
 }
 POINTS = [f"{place}.{done}" for place, words in _PLACES.items() for done in words.split()]
 ACTIONS = ("kill", "raise", "hang", "flip", "nan")

@@ -2,9 +2,9 @@
 
 `ckpt/step-00001200/` holds DCP tensor files, `state.json` and `manifest.json` (size and sha256 of
 every other file). It is written aside, hashed, fsynced and renamed by rank 0 only when every rank
-has succeeded; it is never written again. Loading checks every hash first and falls back to the next
-older checkpoint, loudly. DCP's metadata is a pickle: it is read with an allow-list, and everything
-that is no tensor lives in the JSON. Collectives of a save run on the gloo group of the world.
+has succeeded; it is never written again, only `KEEP` may be laid beside. Loading checks every hash
+first and falls back to the next older checkpoint, loudly. DCP's metadata is a pickle: it is read
+with an allow-list, and everything that is no tensor lives in the JSON.
 """
 
 import errno
@@ -15,13 +15,15 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orjson
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from llama import faults, files
@@ -29,7 +31,9 @@ from llama.cli import UserError, show_bytes
 from llama.runtime.world import World
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+MANIFEST, STATE, METADATA, KEEP = "manifest.json", "state.json", ".metadata", "KEEP"
+# what DCP has to say about its own insides; for good, since a save may run in a thread
+warnings.filterwarnings("ignore", module="torch.distributed")
 
 # What DCP's own metadata may name; anything else in the pickle is refused before it runs.
 _DCP = "torch.distributed.checkpoint"
@@ -75,6 +79,11 @@ def folder(run: str | Path) -> Path:
     return Path(run) / "ckpt"
 
 
+def path_of(run: str | Path, step: int) -> Path:
+    """The checkpoint of a step, whether it exists or not."""
+    return folder(run) / f"step-{step:08d}"
+
+
 def steps(run: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every finished checkpoint of a run, oldest first."""
     place = folder(run)
@@ -105,7 +114,10 @@ def damage(path: Path, hashes: bool = True, part: int = 0, parts: int = 1) -> st
     """
     try:
         manifest = files.read_json(path / MANIFEST)
-        if manifest["sha256"] != _own_hash(manifest) or f"step-{manifest['step']:08d}" != path.name:
+        if (
+            manifest["sha256"] != _own_hash(manifest)
+            or path_of("", manifest["step"]).name != path.name
+        ):
             return f"{MANIFEST} is not what was written"
         listed: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in sorted(listed.items())[part::parts]:
@@ -135,14 +147,14 @@ def save(
     state: dict[str, Any],
     world: World,
     keep: int,
+    keep_every: int | None = None,
 ) -> str | None:
     """Write `step-<step>`; all ranks call it together. Returns what failed, or None.
 
-    A failure on one rank removes the folder, leaves every older checkpoint alone, and is the same
-    text on every rank: training may go on.
+    `prune` says which older ones stay. A failure on one rank removes the folder, leaves every older
+    checkpoint alone, and is the same text on every rank: training may go on.
     """
-    place = folder(run)
-    final = place / f"step-{step:08d}"
+    place, final = folder(run), path_of(run, step)
 
     def make() -> Path:
         part = place / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
@@ -161,10 +173,14 @@ def save(
         _, problem = _attempt(lambda: _publish(part, final, step, every, state))
         problems += [problem] if problem else []
     if world.leads and problems:
+        # DCP hides a full disk behind a broken write position
+        problems.append(f"{show_bytes(files.free_bytes(place))} free on the disk")
         shutil.rmtree(part, ignore_errors=True)
     verdict: str | None = world.broadcast("; ".join(problems) or None)
     if not verdict and world.leads:
-        prune(run, keep)
+        _, problem = _attempt(lambda: prune(run, keep, keep_every))
+        if problem:
+            world.say(f"WARNING: older checkpoints cannot be removed: {problem}")
     return verdict
 
 
@@ -181,7 +197,7 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
 def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
-        # DCP wraps what each rank raised; a full disk reaches us as a broken write position
+        # DCP wraps what each rank raised
         error = next(iter(failures.values()))[0]
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else text
@@ -191,14 +207,28 @@ def _write_rank(
     part: Path, step: int, tensors: dict[str, torch.Tensor], world: World
 ) -> dict[str, Any]:
     """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
+    writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
+    writer.fs = _Files()
+    dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
     faults.point("ckpt.written", part / f"__{world.rank}_0.distcp", step=step)
     entries = {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
     faults.point("ckpt.hashed", part / f"__{world.rank}_0.distcp", step=step)
     return entries
+
+
+class _Files(FileSystem):
+    """DCP's files, with the points where faults strike."""
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as stream:
+            faults.point("file.opened", path, name=Path(path).name)
+            yield stream
+        faults.point("file.written", path, name=Path(path).name)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        faults.point("file.renamed", new_path, name=Path(new_path).name)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -227,7 +257,8 @@ def _publish(
         faults.point("ckpt.aside", step=step)
     part.rename(final)
     faults.point("ckpt.renamed", step=step)
-    files.fsync_folder(final.parent)
+    for place in (final.parent, *final.parents[1:3]):
+        files.fsync_folder(place)  # runs/, the run and ckpt/ may be new as well
     faults.point("ckpt.named", step=step)
 
 
@@ -238,14 +269,28 @@ def _free_name(place: Path, word: str) -> Path:
     return path
 
 
-def prune(run: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, each by a rename first."""
-    for _, path in steps(run)[:-keep]:
-        trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
-        path.rename(trash)
-        faults.point("ckpt.trashed", trash)
-        shutil.rmtree(trash, ignore_errors=True)
-        faults.point("ckpt.pruned")
+def prune(run: str | Path, keep: int, keep_every: int | None = None) -> None:
+    """Remove checkpoints, each by a rename first.
+
+    The newest `keep` stay, and as many of those that `protect` has marked; those of every
+    `keep_every` steps stay for good.
+    """
+    found = steps(run)
+    marked = [path for _, path in found if (path / KEEP).exists()]
+    stay = {path for _, path in found[-keep:]} | set(marked[-keep:])
+    for step, path in found:
+        if path not in stay and not (keep_every and step % keep_every == 0):
+            trash = path.with_name(f".trash-{path.name}-{uuid.uuid4().hex[:8]}")
+            path.rename(trash)
+            faults.point("ckpt.trashed", step=step)
+            shutil.rmtree(trash, ignore_errors=True)
+            faults.point("ckpt.pruned", step=step)
+
+
+def protect(path: Path, why: str) -> None:
+    """Keep a checkpoint although newer ones come, also over restarts; rank 0 only."""
+    files.write_atomic(path / KEEP, why + "\n")
+    faults.point("ckpt.protected")
 
 
 def sweep(run: str | Path) -> None:
@@ -288,9 +333,7 @@ def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Fill `tensors` in place, resharding as needed; all ranks call it together."""
     problem = None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
+        dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
@@ -299,11 +342,12 @@ def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
         raise UserError(f"{path} cannot be loaded into this model: {problem}")
 
 
-def refuse_small_disk(run: str | Path, needed_bytes: int) -> None:
-    """Refuse to start where not even one more checkpoint fits."""
-    free = files.free_bytes(run)
+def refuse_small_disk(run: str | Path, needed_bytes: int, keep: int = 0) -> None:
+    """Refuse to start where not one more checkpoint fits; warn where `keep` and one more do not."""
+    free, missing = files.free_bytes(run), max(keep + 1 - len(steps(run)), 1)
+    text = f"the disk of {run} has {show_bytes(free)} free, one checkpoint takes "
+    text += f"{show_bytes(needed_bytes)}"
     if free < needed_bytes:
-        raise UserError(
-            f"the disk of {run} has {show_bytes(free)} free, one checkpoint takes "
-            f"{show_bytes(needed_bytes)}: free some space or use another disk"
-        )
+        raise UserError(f"{text}: free some space or use another disk")
+    if free < missing * needed_bytes:
+        print(f"WARNING: {text}, and there will be {missing} more (checkpoint.keep {keep})")

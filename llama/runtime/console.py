@@ -82,6 +82,7 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
         "mfu_palm": each * palm / peak if peak else None,
         "memory_gib": peak_bytes(here.device) / 2**30,
         "data_wait_pct": waiting,
+        "checkpoint_stall_s": state.saver.take_stall(),
         "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
     }
     for name, (loss_sum, tokens) in zip(state.order.names, state.window.tolist(), strict=True):

@@ -58,7 +58,7 @@ def check(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
     if here.leads:
         try:
             _refuse_changes(run, cfg)
-            checkpoint.refuse_small_disk(run, checkpoint_bytes)
+            checkpoint.refuse_small_disk(run, checkpoint_bytes, cfg.checkpoint.keep)
         except UserError as error:
             problem = str(error)
     together(problem, here)

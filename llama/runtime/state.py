@@ -4,18 +4,17 @@ Tensors (weights, moments) go through llama.runtime.checkpoint by name; all else
 refuses another model, tokenizer or data: training on by accident is worse than stopping.
 """
 
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama import config, optim
-from llama.cli import UserError, show_seconds
+from llama.cli import UserError
 from llama.config import Config, ModelConfig
 from llama.data import order, schedule, shards
-from llama.runtime import checkpoint
+from llama.runtime import background, checkpoint
 from llama.runtime.world import World
 
 
@@ -42,6 +41,7 @@ class State:
     step: int = 0
     # a row of metrics whose validation a signal cut short: the next start does it
     unvalidated: dict[str, Any] | None = None
+    saver: background.Saver = field(default_factory=background.Saver)
 
     @property
     def tokens(self) -> int:
@@ -78,8 +78,11 @@ class Step:
     grad_norm: torch.Tensor
 
 
-def save(state: State) -> bool:
-    """Write a checkpoint of this step; a failure is said, and training may go on."""
+def save(state: State, wait: bool = True) -> bool:
+    """Write a checkpoint of this step; a failure is said, and training may go on.
+
+    Without `wait` in the background, as `checkpoint.background` says; False if it failed by now.
+    """
     contents = {
         "format": 1,
         "step": state.step,
@@ -92,17 +95,9 @@ def save(state: State) -> bool:
         "fingerprints": state.fingerprints(),
         "config": config.to_dict(state.cfg),
     }
-    began = time.monotonic()
-    problem = checkpoint.save(
-        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint.keep
+    return state.saver.save(
+        state.run, state.step, state.tensors(), contents, state.world, state.cfg.checkpoint, wait
     )
-    if problem:
-        text = f"WARNING: the checkpoint of step {state.step} failed: {problem}"
-    else:
-        spent = show_seconds(time.monotonic() - began)
-        text = f"saved {checkpoint.folder(state.run)}/step-{state.step:08d} in {spent}"
-    state.world.say(text)
-    return not problem
 
 
 def resume(state: State) -> bool:

@@ -7,6 +7,7 @@ the stacks of all threads where the next one did not come in time. Time is monot
 
 import faulthandler
 import os
+import platform
 import signal
 import time
 from collections import Counter
@@ -22,24 +23,22 @@ from llama.runtime.world import World
 TIME_LIMIT = 128  # beside the numbers of signals
 # The longest step and save so far are taken to be this much longer, and ending takes a moment.
 SAFETY, ENDING_S = 1.5, 2.0
-# What a process writes and hashes, until the first save is measured.
-SAVED_BYTES_PER_S = 100e6
 # A rank that hangs leaves the others time to write their stacks too.
 GRACE_S = 3.0
 # Once a rank has failed, collectives on GPUs would wait for it for ever.
-FOLLOW_S = 10.0
-WIDTH = 100  # of the last beat, in bytes
+FOLLOW_S = 30.0
+WIDTH = 160  # of the last beat, in bytes
 
 
 class Watch:
-    """One rank's. `failed(why)` is called before a rank that hangs ends."""
+    """One rank's. `save_s` is how long saving takes; `failed(why)` is told of a rank that hangs."""
 
     def __init__(
         self,
         run: Path,
         here: World,
         cfg: TrainConfig,
-        save_bytes: float,
+        save_s: Callable[[], float],
         failed: Callable[[str], object],
     ) -> None:
         self.asked = ""
@@ -47,23 +46,23 @@ class Watch:
         self._stop = signals.listen()
         self._deadline = self._planned_end()
         self._times = Counter[str]()
-        self._longest_s = {"saving": save_bytes / here.size / SAVED_BYTES_PER_S}
+        self._step_s, self._save_s = 0.0, save_s
         self._phase, self._since = "", time.monotonic()
         path = run / "stacks" / f"rank-{here.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         # stacks of earlier starts stay
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.lseek(self._file, max(path.stat().st_size, WIDTH), os.SEEK_SET)
-        self.beat("loading", 0)
+        self.beat("starting", 0)
         self._stop.ticks.append(self._tick)
 
     def beat(self, phase: str, step: int) -> None:
         """The main thread begins `phase`: it has until the timeout to come to the next one."""
-        now, before = time.monotonic(), self._phase
-        spent_s, known_s = now - self._since, self._longest_s.get(before, 0.0)
-        # the first step compiles: it says nothing about the others
-        fresh = before != "saving" and self._times[before] <= 2
-        self._longest_s[before] = spent_s if fresh else max(spent_s, known_s)
+        now = time.monotonic()
+        if self._phase == "training":
+            # the first step compiles: it says nothing about the others
+            known_s = self._step_s if self._times["training"] > 2 else 0.0
+            self._step_s = max(now - self._since, known_s)
         self._times[phase] += 1
         self._phase, self._since, self._doing = phase, now, f"{phase} at step {step}"
         first = self._times[phase] == 1
@@ -82,8 +81,9 @@ class Watch:
         self.beat(phase, step)
         if self.asked:
             return False
-        needed_s = SAFETY * (self._longest_s.get("training", 0) + self._longest_s["saving"])
-        late = time.monotonic() + needed_s + ENDING_S > self._deadline
+        # a save may be in flight that the last one has to wait for
+        needed_s = SAFETY * (self._step_s + 2 * self._save_s()) + ENDING_S
+        late = time.monotonic() + needed_s > self._deadline
         number = self._stop.number or TIME_LIMIT * late
         agreed = self._here.largest(2 * number + waiting)
         if number := agreed // 2:
@@ -106,14 +106,16 @@ class Watch:
         return ends[key]
 
     def _note(self, word: str) -> None:
-        line = f"{word}: rank {self._here.rank}, {self._doing}, {time.strftime('%F %T')}"
+        where = f"rank {self._here.rank}, process {os.getpid()} on {platform.node()}"
+        line = f"{word} {time.strftime('%F %T')}: {where}, {self._doing}"
         with suppress(OSError):  # a full disk must not end a run
             os.pwrite(self._file, line[: WIDTH - 1].ljust(WIDTH - 1).encode() + b"\n", 0)
 
     def _tick(self, ran_s: float) -> None:
         """Called about once a second by the thread that hears signals."""
         self._idle_s += ran_s
-        if self._idle_s > FOLLOW_S and self._times["training"] and folder.has_failed(self._run):
+        stuck = self._idle_s > FOLLOW_S and self._times["training"] and self._phase != "saving"
+        if stuck and folder.has_failed(self._run):
             signals.end(f"rank {self._here.rank} ends: another one has failed", 1)
         if self._idle_s > self._limit_s:
             self._note("hung")

@@ -25,13 +25,17 @@ START_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `control` carries decisions and saves, on CPU tensors only."""
+    """Where this process stands. `control` carries decisions, on CPU tensors only.
+
+    `saves` carries what a save says beside them, in a thread of its own.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup
+    saves: dist.ProcessGroup
     under_torchrun: bool
 
     @property
@@ -46,7 +50,8 @@ class World:
     def say(self, text: str) -> None:
         """Print once for the whole world."""
         if self.leads:
-            print(text, flush=True)
+            # one write: a save in the background speaks too
+            print(f"{text}\n", end="", flush=True)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -87,6 +92,7 @@ def start(timeout_s: float = START_TIMEOUT_S) -> World:
         local_rank=local_rank,
         device=device,
         control=dist.new_group(backend="gloo", timeout=timeout),
+        saves=dist.new_group(backend="gloo", timeout=timeout),
         under_torchrun=under_torchrun,
     )
 
