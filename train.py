@@ -254,6 +254,7 @@ def train(cfg: Config) -> int:
         if here.leads:
             verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
             folder.exit_reason(run, *verdict, state.step)
+        here.largest(0)  # no rank ends before it stands there: schedulers then end the others
         if asked:
             here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
     # torchrun takes any other code for a crash
