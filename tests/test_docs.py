@@ -41,6 +41,7 @@ INSTEAD = [
         r"\g<0> --dry_run",
         "a finished run is not trained again",
     ),
+    (r"^sbatch .*", "bash -n scripts/slurm/train.sbatch", "needs Slurm"),
     (r"--train.tokens 4M\b", "--train.tokens 16k", "takes ten minutes"),
     (r"--input DIR\b", "--input texts", "stands for any folder"),
     (r"^python -m benchmarks.encode", r"\g<0> --mb 0.2 --vocab_size 1000", "takes minutes"),
