@@ -13,9 +13,8 @@ if __name__ == "__main__":
 
 import gc
 import os
-import signal
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,11 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 @torch.no_grad()
-def validate(state: State, watch: Watch) -> dict[str, float] | None:
-    """Mean loss per source over the first windows of its held-out documents; None if stopped."""
+def validate(state: State, watch: Watch, row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with the mean loss per source over the first windows of its held-out documents.
+
+    Cut short by a signal, nothing: the row is kept in the state, and finished by the next start.
+    """
     cfg, here, results = state.cfg, state.world, {}
     assert isinstance(cfg.data.mixture, dict)
     state.model.eval()
@@ -106,9 +108,8 @@ def validate(state: State, watch: Watch) -> dict[str, float] | None:
         # every rank makes the same number of forward passes: FSDP gathers in each
         share = state.micro_batch * here.size
         for low in range(0, len(tokens), share):
-            faults.point("valid.window", step=state.step)
-            watch.poll("validation", state.step)
-            if watch.asked:
+            faults.point("step.validating", step=state.step)
+            if watch.poll("validation") is None:
                 break
             part = tokens[low : low + share][here.rank :: here.size]
             losses, counts = forward(state, (part if len(part) else tokens[:1]).to(here.device))
@@ -120,7 +121,13 @@ def validate(state: State, watch: Watch) -> dict[str, float] | None:
     if isinstance(state.model, FSDPModule):
         # a forward pass without a backward pass leaves the root gathered
         state.model.reshard()
-    return None if watch.asked else results
+    # the last step's is not made up for: nothing starts after it
+    state.unvalidated = row if watch.asked and state.step < state.steps else None
+    if watch.asked:
+        here.say(f"the validation of step {state.step} was cut short by {watch.asked}")
+        return {} if state.unvalidated else row
+    here.say(metrics.validation_line(state.step, results))
+    return row | {f"val/{name}": loss for name, loss in results.items()}
 
 
 # -- building a run --------------------------------------------------------------------------------
@@ -207,29 +214,15 @@ def fitting_micro_batch(cfg: Config, here: world.World, batches: list[int]) -> i
 
 def train(cfg: Config) -> int:
     """Train until the last step or until asked to stop. Returns the exit code."""
-    here = world.start(cfg.train.start_timeout)
-    if world.restarts_may_fail():
-        here.say(
-            "WARNING: a restart by torchrun may fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
-        )
+    here = world.start()
     run = folder.RUNS / cfg.name
     with oom.explained("building the model", cfg, here):
         state = build(cfg, here, run)
     with folder.held(run, here):
         folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
-
-        def failed(why: str) -> bool:
-            return folder.exit_reason(run, "failed", f"rank {here.rank}: {why}", state.step)
-
-        def save_s() -> float:
-            # until one is measured: 100 MB/s a process, for writing and hashing
-            guess = costs.checkpoint_bytes(cfg.model) / here.size / 100e6
-            return state.saver.longest_s or guess
-
-        watch = Watch(run, here, cfg.train, save_s, failed)
-        faults.point("start.built")
+        watch = Watch(state)
         # a signal that came while torch was imported and the model built
-        watch.poll("loading", 0)
+        watch.poll("loading")
         if not watch.asked:
             with oom.explained("loading the checkpoint", cfg, here, state):
                 if not resume(state) and (path := cfg.train.init_from):
@@ -241,8 +234,8 @@ def train(cfg: Config) -> int:
                 loop(state, watch)
         except Exception as error:
             error.add_note(f"on rank {here.rank} at step {state.step}")
-            first = failed(f"{type(error).__name__}: {error}")
-            watch.beat("saving", state.step)
+            first = watch.failed(f"{type(error).__name__}: {error}")
+            watch.beat("saving")
             # a save in flight may still become whole
             state.saver.finish(timeout_s=60)
             if not first:
@@ -272,29 +265,26 @@ def loop(state: State, watch: Watch) -> None:
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
     planned = layouts.expected(cfg, state.micro_batch, here.size, here.chip)
     settled = state.step + PLAN_AFTER_STEPS
-    reader = loader.Loader(state.sources, state.order, stalled_after_s=cfg.train.step_timeout)
+    reader = loader.Loader(state.sources, state.order)
+    reader.stalled_after_s = cfg.train.step_timeout
     clock = metrics.Clock(state.tokens)
 
     def share(number: int) -> tuple[int, int]:
         each = state.order.segment(number).batch_windows // here.size
         return here.rank * each, (here.rank + 1) * each
 
-    def agree(waiting: bool) -> bool | None:
-        waiting = watch.poll("waiting for data", state.step, waiting)
-        return None if watch.asked else waiting
-
     saved = state.step
-    if state.unvalidated is not None:
-        if (finished := validated(state, watch, state.unvalidated)) and log:
-            log.row(state.step, finished)
+    if state.unvalidated and (row := validate(state, watch, state.unvalidated)) and log:
+        log.row(state.step, row)
+    agree = partial(watch.poll, "waiting for data")
     for number, tokens, source in reader.steps(state.step, state.steps, share, agree):
         assert number == state.step
-        watch.beat("training", number + 1)
+        watch.beat("training")
         faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
         last = state.step == state.steps
-        row: dict[str, Any] = {}
+        row = {}
         if state.step % cfg.log.every == 0 or state.step == 1 or last:
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
@@ -303,32 +293,20 @@ def loop(state: State, watch: Watch) -> None:
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):
-                row = validated(state, watch, {"tokens": state.tokens, **row})
+                row = validate(state, watch, {"tokens": state.tokens, **row})
         if row and log:
             log.row(state.step, {"tokens": state.tokens, **row})
         if state.step % cfg.checkpoint.every == 0:
-            watch.beat("saving", state.step)
+            watch.beat("saving")
             with clock.paused():
                 saved = state.step if save(state, wait=False) else saved
-    watch.beat("saving", state.step)
+    watch.beat("saving")
     if not (state.saver.finish() and saved == state.step or save(state)):
         raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
-    watch.beat("ending", state.step)
+    watch.beat("ending")
     reader.close()
     if log:
         log.close()
-
-
-def validated(state: State, watch: Watch, row: dict[str, Any]) -> dict[str, Any]:
-    """`row` with the losses on held-out documents; cut short, it is left for the next start."""
-    losses, last = validate(state, watch), state.step == state.steps
-    state.unvalidated = row if losses is None and not last else None
-    if losses is None:
-        then = "" if last else "; the next start repeats it"
-        state.world.say(f"validation at step {state.step}: cut short by {watch.asked}{then}")
-        return row if last else {}
-    state.world.say(metrics.validation_line(state.step, losses))
-    return row | {f"val/{name}": loss for name, loss in losses.items()}
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -373,20 +351,13 @@ def main(argv: list[str]) -> int:
             return 0
         return train(cfg)
     except UserError as error:
-        # a rank that runs out of memory, or fails in the loop, may be the only one to know
+        # rank 0 tells for all; who runs out of memory or fails in the loop may be alone with it
         alone = isinstance(error, oom.OutOfMemory) or hasattr(error, "__notes__")
         if int(os.environ.get("RANK", 0)) and not alone:
-            _wait_to_be_ended()
+            sys.exit(cli.EXIT_USER)
         raise
     finally:
         world.stop()
-
-
-def _wait_to_be_ended() -> None:
-    """Leave the telling to rank 0; torchrun ends this process once rank 0 has exited."""
-    for number in signals.STOPPING:
-        signal.signal(number, signal.SIG_DFL)
-    time.sleep(20)
 
 
 if __name__ == "__main__":

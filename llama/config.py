@@ -107,8 +107,7 @@ class TrainConfig:
         time_limit: Seconds from the start after which something ends the run: it saves and stops
             before that, as it does before a Slurm job's end.
         step_timeout: Seconds without progress after which a rank is taken to hang.
-        start_timeout: The same while loading, and in the first step and validation.
-        save_timeout: The same while saving.
+        save_timeout: The same while saving and loading, and in the first step and validation.
     """
 
     tokens: Count = Count(1_000_000)
@@ -120,7 +119,6 @@ class TrainConfig:
     init_from: str | None = None
     time_limit: float | None = None
     step_timeout: float = 600.0
-    start_timeout: float = 1800.0
     save_timeout: float = 1800.0
 
 
@@ -269,7 +267,6 @@ FREE_KEYS = (
     "train.compile",
     "train.time_limit",
     "train.step_timeout",
-    "train.start_timeout",
     "train.save_timeout",
     "data.path",
 )

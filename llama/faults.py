@@ -21,12 +21,10 @@ from typing import Any
 from llama.cli import UserError
 
 VARIABLE = "LLAMA_FAULTS"
-# Each is named after what has just been done.
+# Each is named after what has just been done, or is being done.
 _PLACES = {
-    "start": "joined built",
-    "step": "begun",
-    "data": "asked",
-    "valid": "window",
+    "start": "joined",
+    "step": "begun reading validating",
     "file": "opened written synced renamed",
     "ckpt": "staged folder written hashed state listed synced aside renamed named"
     " protected trashed pruned",

@@ -102,6 +102,7 @@ class Run:
                 handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(handle, 1), os.dup2(handle, 2)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                train.signals.listen()
                 try:
                     train.cli.run(lambda _: train.main(self.words(**more)))
                 except SystemExit as end:

@@ -151,7 +151,8 @@ def test_read_that_hangs_is_named(
         release.wait()
 
     monkeypatch.setattr(sources["books"], "read", hang)
-    loader = Loader(sources, make_order(rng, sources), stalled_after_s=0.1)
+    loader = Loader(sources, make_order(rng, sources))
+    loader.stalled_after_s = 0.1
     with pytest.raises(TimeoutError, match="still reading window .*books/train"):
         for _ in loader.steps(0, 1000, lambda step: (0, 12)):
             pass

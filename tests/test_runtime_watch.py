@@ -1,6 +1,7 @@
 """Runs that are stopped in every phase, hang, die and lose their launcher."""
 
 import faulthandler
+import math
 import os
 import random
 import re
@@ -10,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_runs import STEPS, Run, make_tokens
 
-from llama.config import TrainConfig
+from llama.config import Config, TrainConfig
 from llama.runtime import checkpoint, signals, watch, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -57,10 +59,10 @@ def wait_until(what: Callable[[], object], child: subprocess.Popen[str] | None =
 
 # where the signal comes, options of that start, the step it stops at, whether a checkpoint is made
 PHASES: dict[str, tuple[str, dict[str, object], int, bool]] = {
-    "start-up": ("start.built:action={}", {}, 0, False),
-    "before step 1": ("data.asked:step=1,action={}", {}, 0, False),
+    "start-up": ("start.joined:action={}", {}, 0, False),
+    "before step 1": ("step.reading:step=1,action={}", {}, 0, False),
     "training": ("step.begun:step=2,action={}", {}, 2, True),
-    "evaluation": ("valid.window:step=4,hit=2,action={}", {}, 4, True),
+    "evaluation": ("step.validating:step=4,hit=2,action={}", {}, 4, True),
     "a save": (
         "ckpt.hashed:step=6,action={}",
         {"checkpoint.every": 6, "checkpoint.background": False},
@@ -93,7 +95,7 @@ def stopped_in_every_phase(run: Run, names: dict[str, str]) -> None:
         assert reason["step"] == step, (phase, said)
         assert after - before == made, (phase, after)
         if phase == "evaluation":
-            assert "validation at step 4: cut short" in said
+            assert "the validation of step 4 was cut short" in said
             assert [row["step"] for row in run.rows()] == [1, 2, 3]
         assert not list(run.processes())
     code, said = run.forked()
@@ -171,8 +173,10 @@ def test_an_error_a_kill_and_a_hang_then_the_same_curve(place: Path, pair: Run, 
     assert len(re.findall(r"^\S*resuming runs/unlucky from step", said, re.MULTILINE)) == 3
     # both ranks say that they hang, and where
     for rank, function in (0, "all_reduce"), (1, "strike"):
-        assert f"ERROR: rank {rank} hangs: nothing for 4 s in training" in said
-        assert "(train.step_timeout); stacks of every rank are in runs/unlucky/stacks" in said
+        assert (
+            f"ERROR: rank {rank} hangs: nothing for 4 s, training after step 9 "
+            "(train.step_timeout); stacks of every rank are in runs/unlucky/stacks"
+        ) in said
         stacks = (run.folder / "stacks" / f"rank-{rank}.txt").read_text()
         assert "Timeout" in stacks and "Current thread" not in stacks
         assert "train.py" in stacks and function in stacks, stacks
@@ -229,12 +233,12 @@ def test_a_rank_that_is_stopped_is_found(place: Path) -> None:
     slow = "step.begun:step=5,action=hang,seconds=2"
     child = run.start(2, slow, "--shutdown-timeout", "2")
     beat = run.folder / "stacks" / "rank-1.txt"
-    wait_until(lambda: beat.exists() and "training at step 5" in beat.read_text(), child)
+    wait_until(lambda: beat.exists() and "training after step 4" in beat.read_text(), child)
     found = re.match(r"alive .*: rank 1, process (\d+) on ", beat.read_text())
     assert found
     os.kill(int(found[1]), signal.SIGSTOP)
     said, _ = child.communicate()
-    assert child.returncode == 1 and "ERROR: rank 0 hangs: nothing for 4 s in training" in said
+    assert child.returncode == 1 and "ERROR: rank 0 hangs: nothing for 4 s, training" in said
     assert run.reason()["exit"] == "failed" and "rank 0 hangs" in run.reason()["why"]
     # what docs/operations.md looks for: the rank whose file does not begin with `hung`
     stacks = run.folder / "stacks"
@@ -266,7 +270,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(watch.time, "time", lambda: random.uniform(0, 2e9))
     heard = signals.Stop.__new__(signals.Stop)
-    heard.number, heard.began, heard.ticks = 0, now[0], []
+    heard.number, heard.began = 0, now[0]
     monkeypatch.setattr(signals, "listen", lambda: heard)
     yield now
     faulthandler.cancel_dump_traceback_later()
@@ -278,22 +282,25 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
 ) -> None:
     limit = {"key": 600.0, "slurm": None, "both": 3000.0}[where]
     if where != "key":
-        monkeypatch.setattr(world, "job_seconds_left", lambda: 600.0)
+        monkeypatch.setattr(watch, "job_seconds_left", lambda: 600.0)
     here = world.start()
     try:
-        cfg = TrainConfig(time_limit=limit)
-        found = watch.Watch(tmp_path, here, cfg, lambda: 20.0, lambda why: None)
-        key = "train.time_limit" if where == "key" else "SLURM_JOB_END_TIME"
+        cfg = Config(train=TrainConfig(time_limit=limit))
+        cfg.model.vocab_size = 512
+        saver = SimpleNamespace(longest_s=20.0)
+        state = SimpleNamespace(cfg=cfg, world=here, run=tmp_path, step=0, saver=saver)
+        found = watch.Watch(state)
+        key = "train.time_limit" if where == "key" else "the job's end"
         assert f"10m 00s left ({key})" in capsys.readouterr().out
         longest, step = 0.0, 0
         while not found.asked:
-            found.poll("waiting for data", step)
+            found.poll("waiting for data")
             if not found.asked:
                 # the first one compiles
                 spent = rng.uniform(5, 15) if step else 100.0
                 longest = max(longest, spent) if step else 0.0
                 step += 1
-                found.beat("training", step)
+                found.beat("training")
                 clock[0] += spent
         left = 1600 - clock[0]
     finally:
@@ -305,11 +312,11 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
 
 
 def test_slurms_end_is_read_and_a_stale_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, expected in ("", None), ("0", None), ("Unknown", None), ("5", None):
+    for text, expected in ("", math.inf), ("0", math.inf), ("Unknown", math.inf), ("5", math.inf):
         monkeypatch.setenv("SLURM_JOB_END_TIME", text)
-        assert world.job_seconds_left() == expected
+        assert watch.job_seconds_left() == expected
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 500))
-    assert 400 < (world.job_seconds_left() or 0) <= 500
+    assert 400 < watch.job_seconds_left() <= 500
 
 
 @pytest.mark.full

@@ -82,10 +82,16 @@ def test_a_job_puts_itself_back_and_the_next_one_ends_the_run(submitted: Path) -
     assert f"resuming runs/slurm from step {stopped} " in said
     assert [row["step"] for row in run.rows()] == list(range(1, STEPS + 1))
     assert (state / "scontrol").read_text() == "requeue 4711\n"
+
+
+@pytest.mark.full
+def test_a_start_that_is_refused_does_not_come_back(submitted: Path) -> None:
+    state, run = submitted.parent, Run(submitted, "done", {"data.path": submitted / "tokens"})
+    assert run.start(2).wait() == 0
     # a finished run is refused; the verdict of the job before must not count for this one
-    said, _ = (child := sbatch(submitted, *run.words(), restart=2)).communicate()
-    assert child.returncode == 1 and "job 4711-2: none" in said and "is finished" in said, said
-    assert (state / "scontrol").read_text() == "requeue 4711\n"
+    said, _ = (child := sbatch(submitted, *run.words())).communicate()
+    assert child.returncode == 1 and "job 4711-0: none" in said and "is finished" in said, said
+    assert not (state / "scontrol").exists()
     assert run.reason()["exit"] == "done" and not list((submitted / "runs").glob(".began*"))
     said, _ = (child := sbatch(submitted, "--optim.lr", "fast")).communicate()
     assert child.returncode == 2 and "optim.lr" in said and "torchrun" not in said, said

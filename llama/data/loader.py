@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import count
 
 import torch
 
@@ -21,23 +22,20 @@ from llama.data.shards import Source
 
 IGNORED = -100  # a target that counts for nothing, the convention of cross_entropy
 AHEAD = 3  # batches read before they are asked for
-STALLED_AFTER_S = 600.0
 POLL_S = 1.0
 Rows = tuple[int, int]
+# whether this process waits for a batch -> whether any does; None to end
+Agree = Callable[[bool], bool | None]
 Read = tuple[torch.Tensor, torch.Tensor]
 
 
 class Loader:
     """Reads the batches of an order. Has no state to save: the step is all it needs."""
 
-    def __init__(
-        self,
-        sources: Mapping[str, Source],
-        order: Order,
-        pin: bool = True,
-        stalled_after_s: float = STALLED_AFTER_S,
-    ) -> None:
-        self.sources, self.order, self.stalled_after_s = sources, order, stalled_after_s
+    stalled_after_s = 600.0
+
+    def __init__(self, sources: Mapping[str, Source], order: Order, pin: bool = True) -> None:
+        self.sources, self.order = sources, order
         self.pin = pin and torch.cuda.is_available()
         self.waited_s = 0.0
         self._reading = "nothing yet"
@@ -68,18 +66,13 @@ class Loader:
         return out, torch.from_numpy(drawn.sources[lo:hi].copy())
 
     def steps(
-        self,
-        first_step: int,
-        end_step: int,
-        rows: Callable[[int], Rows],
-        agree: Callable[[bool], bool | None] = lambda waiting: waiting,
+        self, first_step: int, end_step: int, rows: Callable[[int], Rows], agree: Agree = bool
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(step, tokens, sources) of steps [first, end), read by a thread in the background.
 
         ``rows(step)`` is this process's share of the global batch. What fails in the thread is
-        raised here; a read that hangs is named after ``stalled_after_s``. ``agree(waiting)`` is
-        asked before each step, and every second while there is no batch: whether any process
-        waits for one, or None to end here.
+        raised here; a read that hangs is named after ``stalled_after_s``. ``agree`` is asked
+        before each step, and every second while there is no batch.
         """
         ready: queue.SimpleQueue[Read | BaseException] = queue.SimpleQueue()
         room, stopped = threading.Semaphore(AHEAD), threading.Event()
@@ -90,7 +83,7 @@ class Loader:
                 if stopped.is_set():
                     return
                 try:
-                    faults.point("data.asked", step=step + 1)
+                    faults.point("step.reading", step=step + 1)
                     ready.put(self.batch(step, *rows(step)))
                 except BaseException as error:
                     error.add_note(f"while reading {self._reading}")
@@ -108,26 +101,20 @@ class Loader:
         try:
             for step in range(first_step, end_step):
                 got: Read | BaseException | None = None
-                waiting: bool | None = True
-                patience_s = self.stalled_after_s
-                while waiting:
-                    if got is None:
-                        began = time.monotonic()
-                        with suppress(queue.Empty):
-                            got = ready.get(timeout=min(POLL_S, patience_s))
-                        self.waited_s += time.monotonic() - began
+                for tries in count(1):
+                    began = time.monotonic()
+                    with suppress(queue.Empty):
+                        got = got or ready.get(timeout=POLL_S)
+                    self.waited_s += time.monotonic() - began
                     if isinstance(got, BaseException):
                         raise got
-                    patience_s -= POLL_S
-                    if got is None and patience_s <= 0:
-                        raise TimeoutError(
-                            f"no batch for {self.stalled_after_s:g} s: still reading "
-                            f"{self._reading}"
-                        )
-                    waiting = agree(got is None)
-                    if waiting is None:
-                        return
-                assert isinstance(got, tuple)
+                    if not got and tries * POLL_S >= self.stalled_after_s:
+                        stalled = f"no batch for {self.stalled_after_s:g} s"
+                        raise TimeoutError(f"{stalled}: still reading {self._reading}")
+                    if not (waiting := agree(not got)):
+                        break
+                if waiting is None or not isinstance(got, tuple):
+                    return
                 room.release()
                 yield step, *got
         finally:

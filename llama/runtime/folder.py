@@ -130,7 +130,6 @@ def exit_reason(run: Path, verdict: str, why: str, step: int) -> bool:
 
 def has_failed(run: Path) -> bool:
     """Whether a rank has written that it failed."""
-    try:
+    with suppress(OSError):
         return b'"failed"' in (run / EXIT_REASON).read_bytes()
-    except OSError:
-        return False
+    return False

@@ -26,13 +26,12 @@ class Stop:
     """Remembers the first stop signal; a second one ends the process at once.
 
     A thread hears them: Python runs handlers in the main thread, which may hang in a collective.
-    About once a second it also calls `ticks` with the seconds in which this process was running.
+    About once a second it also calls `tick` with the seconds in which this process was running.
     """
 
     def __init__(self) -> None:
-        self.number, self._first = 0, 0.0
-        self.began = time.monotonic()
-        self.ticks: list[Callable[[float], None]] = []
+        self.number, self._first, self.began = 0, 0.0, time.monotonic()
+        self.tick: Callable[[float], object] = float
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -49,19 +48,16 @@ class Stop:
             if parent and os.getppid() != parent:
                 end("ERROR: torchrun is gone: this process ends too", 1)
             now = time.monotonic()
-            for tick in self.ticks:
-                # no more: time in which all of the process was stopped (Ctrl-Z) is not its fault
-                tick(min(now - last, 2 * TICK_S))
+            # no more: time in which all of the process was stopped (Ctrl-Z) is not its fault
+            self.tick(min(now - last, 2 * TICK_S))
             last = now
 
     def _heard(self, number: int) -> None:
-        if number not in STOPPING:
-            return
         name, now = signal.Signals(number).name, time.monotonic()
-        if not self.number:
+        if number in STOPPING and not self.number:
             self.number, self._first = number, now
             say(f"{name}: stopping where it is safe; a second signal stops at once")
-        elif now - self._first > ONE_REQUEST_S:
+        elif number in STOPPING and now - self._first > ONE_REQUEST_S:
             end(f"{name}: stopped at once", 128 + number)
 
 

@@ -8,7 +8,6 @@ import gc
 import os
 import re
 import resource
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from llama import faults
 
-START_TIMEOUT_S = 1800.0
+START_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,8 @@ class World:
         return int(tensor)
 
 
-def start(timeout_s: float = START_TIMEOUT_S) -> World:
+def start() -> World:
     """Join the process group that torchrun describes, or make one of a single process."""
-    timeout = timedelta(seconds=timeout_s)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -84,36 +81,27 @@ def start(timeout_s: float = START_TIMEOUT_S) -> World:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timeout, **({} if launched else alone))
+    dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if launched else alone))
     faults.point("start.joined")
-    return World(
+    here = World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
         device=device,
-        control=dist.new_group(backend="gloo", timeout=timeout),
-        saves=dist.new_group(backend="gloo", timeout=timeout),
+        control=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
+        saves=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         under_torchrun=under_torchrun,
     )
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        here.say("WARNING: restarts may fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    return here
 
 
 def set_timeout(seconds: float) -> None:
     """How long a collective may take from now on, in every group."""
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-def restarts_may_fail() -> bool:
-    """Whether workers that torchrun restarts may read the addresses of dead ones."""
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
-
-
-def job_seconds_left() -> float | None:
-    """Seconds until Slurm ends this job; None outside of one, and past an end that was put off."""
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    left = int(end) - time.time() if end.isdigit() else 0.0
-    return left if left > 0 else None
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def peak_bytes(device: torch.device | None = None) -> int:
