@@ -65,7 +65,7 @@ def test_every_message_has_a_row(path: Path) -> None:
 
 
 def test_every_row_is_a_message_and_says_enough() -> None:
-    known = [text for path in FILES + MORE_FILES for text in messages(path)]
+    known = [t for path in FILES + MORE_FILES for t in messages(path)]
     known += [t for path in FILES for t in texts(ast.parse(path.read_text()))]
     listed = rows()
     assert len(listed) == len(set(listed)) > 30

@@ -60,7 +60,12 @@ def wait_until(what: Callable[[], object], child: subprocess.Popen[str] | None =
 # where the signal comes, options of that start, the step it stops at, whether a checkpoint is made
 PHASES: dict[str, tuple[str, dict[str, object], int, bool]] = {
     "start-up": ("start.joined:action={}", {}, 0, False),
-    "before step 1": ("step.reading:step=1,action={}", {}, 0, False),
+    "before step 1": (
+        "step.reading:step=1,action={}; step.reading:step=1,action=hang,seconds=2",
+        {},
+        0,
+        False,
+    ),
     "training": ("step.begun:step=2,action={}", {}, 2, True),
     "evaluation": ("step.validating:step=4,hit=2,action={}", {}, 4, True),
     "a save": (
@@ -172,7 +177,7 @@ def test_an_error_a_kill_and_a_hang_then_the_same_curve(place: Path, pair: Run, 
     assert said.count("rank 0 ends: another one has failed") == 1
     assert len(re.findall(r"^\S*resuming runs/unlucky from step", said, re.MULTILINE)) == 3
     # both ranks say that they hang, and where
-    for rank, function in (0, "all_reduce"), (1, "strike"):
+    for rank, function in (0, "distributed_c10d.py"), (1, "strike"):
         assert (
             f"ERROR: rank {rank} hangs: nothing for 4 s, training after step 9 "
             "(train.step_timeout); stacks of every rank are in runs/unlucky/stacks"

@@ -36,8 +36,11 @@ class Stop:
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in STOPPING:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, self._flag)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
+
+    def _flag(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
 
     def _listen(self, reader: int) -> None:
         parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -54,8 +57,8 @@ class Stop:
 
     def _heard(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if number in STOPPING and not self.number:
-            self.number, self._first = number, now
+        if number in STOPPING and not self._first:
+            self.number, self._first = self.number or number, now
             say(f"{name}: stopping where it is safe; a second signal stops at once")
         elif number in STOPPING and now - self._first > ONE_REQUEST_S:
             end(f"{name}: stopped at once", 128 + number)
