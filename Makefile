@@ -55,7 +55,7 @@ test-all: env-dev lint types
 faults: env-dev
 	@rm -f build/faults.jsonl
 	$(PYTEST) -m faults --faults build/faults.jsonl; failed=$$?; \
-	$(BIN)/python scripts/scorecard.py build/faults.jsonl && exit $$failed
+	$(BIN)/python tests/scorecard.py build/faults.jsonl && exit $$failed
 
 lint: env-dev
 	$(BIN)/ruff check .

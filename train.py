@@ -301,7 +301,8 @@ def loop(state: State, watch: Watch) -> None:
             with clock.paused():
                 saved = state.step if save(state, wait=False) else saved
     watch.beat("saving")
-    if not (state.saver.finish() and saved == state.step or save(state)):
+    state.saver.finish()
+    if (saved != state.step or state.saver.problem) and not save(state):
         raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
     watch.beat("ending")
     reader.close()

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from llama.cli import UserError
@@ -42,8 +41,8 @@ class _Armed:
 
     def __init__(self, text: str) -> None:
         self.point, _, rest = text.partition(":")
-        where = dict(pair.strip().partition("=")[::2] for pair in rest.split(",") if pair)
-        self.action, self.met = where.pop("action", ""), 0
+        self.where = dict(pair.strip().partition("=")[::2] for pair in rest.split(",") if pair)
+        self.action, self.met = self.where.pop("action", ""), 0
         name = "SIGKILL" if self.action == "kill" else self.action.upper()
         self.errno = getattr(errno, name, 0)
         self.signal = getattr(signal, name, 0) if name.startswith("SIG") else 0
@@ -55,19 +54,19 @@ class _Armed:
                 f"{' '.join(ACTIONS)}, a signal (sigterm) or an error of the system (enospc)"
             )
         try:
-            self.hit, self.seconds = int(where.pop("hit", 0)), float(where.pop("seconds", 1e9))
-            self.chance, self.random = float(where.pop("chance", 1)), random.Random()
-            self.random.seed(int(where.pop("seed", 0)))
+            self.hit, self.chance, self.seconds, seed = (
+                float(self.where.pop(key, default))
+                for key, default in (("hit", 0), ("chance", 1), ("seconds", 1e9), ("seed", 0))
+            )
         except ValueError as error:
             raise UserError(f"{VARIABLE}: {text!r}: {error}") from error
-        self.where = where
+        self.random = random.Random(seed)
 
     def due(self, name: str, here: dict[str, Any]) -> bool:
         asked = all(str(here.get(key)) == value for key, value in self.where.items())
-        if not (asked and fnmatch.fnmatch(name, self.point)):
-            return False
-        self.met += 1
-        return self.hit in (0, self.met) and self.random.random() < self.chance
+        asked = asked and fnmatch.fnmatch(name, self.point)
+        self.met += asked
+        return asked and self.hit in (0, self.met) and self.random.random() < self.chance
 
     def strike(self, value: Any) -> None:
         if self.signal:
@@ -81,21 +80,13 @@ class _Armed:
         else:
             self.spoil(value)
 
-    def spoil(self, value: Any) -> None:
-        """Flip one bit of a file or a tensor, or make one element of a tensor NaN."""
-        if isinstance(value, str | Path):
-            data = bytearray(Path(value).read_bytes())
-            data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
-            Path(value).write_bytes(data)
-            return
-        import torch  # the corpus, which has points too, runs without it
-
-        assert isinstance(value, torch.Tensor), f"{self.point} has nothing to {self.action}"
-        local = getattr(value.detach(), "_local_tensor", value.detach()).view(-1)
+    def spoil(self, tensor: Any) -> None:
+        """Flip one bit of a tensor, or make one element NaN."""
+        local = getattr(tensor.detach(), "_local_tensor", tensor.detach()).view(-1)
         if self.action == "nan":
             local[self.random.randrange(len(local))] = float("nan")
         else:
-            bits = local.view(torch.uint8)
+            bits = local.view(local.new_empty(0).byte().dtype)  # the corpus has points but no torch
             bits[self.random.randrange(len(bits))] ^= 1 << self.random.randrange(8)
 
 
@@ -106,7 +97,7 @@ def armed(text: str) -> list[_Armed]:
 
 
 def point(name: str, value: Any = None, /, **where: Any) -> None:
-    """A place where faults may strike; `value` is the file or tensor that they would spoil."""
+    """A place where faults may strike; `value` is the tensor that they would spoil."""
     if not (text := os.environ.get(VARIABLE)):
         return
     assert name in POINTS, f"{name} is not listed in {__name__}"

@@ -68,14 +68,14 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     part = path.with_name(f"{path.name}.part-{platform.node()}-{os.getpid()}")
     try:
         with open(part, mode) as file:
-            faults.point("file.opened", part, name=path.name)
+            faults.point("file.opened", name=path.name)
             yield file
             file.flush()
-            faults.point("file.written", part, name=path.name)
+            faults.point("file.written", name=path.name)
             os.fsync(file.fileno())
-            faults.point("file.synced", part, name=path.name)
+            faults.point("file.synced", name=path.name)
         os.rename(part, path)
-        faults.point("file.renamed", path, name=path.name)
+        faults.point("file.renamed", name=path.name)
     except BaseException:
         part.unlink(missing_ok=True)
         raise

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-
-from scripts.scorecard import ROWS
+from scorecard import ROWS
 
 T = TypeVar("T")
 

@@ -35,6 +35,7 @@ PROGRAMS = "python3?|torchrun|make|pip|bash|sh|git|cd|export|source|sbatch|srun"
 INSTEAD = [
     (r"^make quickstart$", "make -o env quickstart", "the environment is that of this test"),
     (r"^make test$", "make -n test", "this test is a part of it"),
+    (r"^make faults$", "make -n faults", "takes many minutes"),
     (r"--nproc-per-node 8 (.* configs/llama_7b.yaml)", r"\1 --dry_run", "takes eight GPUs"),
     (
         r"^torchrun --nproc-per-node 2 train.py --config configs/quickstart.yaml$",

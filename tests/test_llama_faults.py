@@ -72,18 +72,13 @@ def test_chance_is_seeded(monkeypatch) -> None:
     assert first == struck() and 30 < len(first) < 90
 
 
-def test_a_hang_ends_and_a_flip_changes_one_bit(monkeypatch, tmp_path: Path, rng) -> None:
+def test_a_hang_ends_and_a_flip_changes_one_bit(monkeypatch, rng) -> None:
     _arm(monkeypatch, "ckpt.state:action=hang,seconds=0.2")
     began = time.monotonic()
     faults.point("ckpt.state")
     assert time.monotonic() - began >= 0.2
 
     _arm(monkeypatch, f"ckpt.written:action=flip,seed={rng.randrange(10**6)}")
-    data = rng.randbytes(1000)
-    (tmp_path / "file").write_bytes(data)
-    faults.point("ckpt.written", tmp_path / "file")
-    spoiled = (tmp_path / "file").read_bytes()
-    assert sum((a ^ b).bit_count() for a, b in zip(data, spoiled, strict=True)) == 1
     before = torch.randn(30, 7)
     after = torch.nn.Parameter(before.clone())
     faults.point("ckpt.written", after)
@@ -101,7 +96,7 @@ def test_a_hang_ends_and_a_flip_changes_one_bit(monkeypatch, tmp_path: Path, rng
         ("ckpt.hash:action=kill", "'ckpt.hash' is no point of start.joined"),
         ("ckpt.hashed:action=explode", "is 'explode', expected one of kill raise hang flip nan"),
         ("ckpt.hashed", "the action of ckpt.hashed is ''"),
-        ("ckpt.hashed:action=kill,hit=soon", "invalid literal for int"),
+        ("ckpt.hashed:action=kill,hit=soon", "could not convert string to float: 'soon'"),
     ],
 )
 def test_a_fault_that_cannot_strike_is_a_users_error(monkeypatch, text: str, said: str) -> None:

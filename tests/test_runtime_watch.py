@@ -292,7 +292,7 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
     try:
         cfg = Config(train=TrainConfig(time_limit=limit))
         cfg.model.vocab_size = 512
-        saver = SimpleNamespace(longest_s=20.0)
+        saver = SimpleNamespace(write_s=20.0)
         state = SimpleNamespace(cfg=cfg, world=here, run=tmp_path, step=0, saver=saver)
         found = watch.Watch(state)
         key = "train.time_limit" if where == "key" else "the job's end"

@@ -5,10 +5,12 @@ and how long steps had to wait. The thread's collectives run on a gloo group of 
 """
 
 import copy
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -27,11 +29,11 @@ class Saver:
     """One save at a time; every rank has one and calls it at the same steps."""
 
     def __init__(self) -> None:
-        self.stall_s = 0.0
-        self.longest_s = 0.0
-        self._thread: threading.Thread | None = None
+        # what steps waited since `take_stall`, and how long the last save took
+        self.stall_s = self.write_s = 0.0
+        self._thread: Thread | None = None
         self._copied: torch.cuda.Event | None = None
-        self._problem: str | None = None
+        self.problem: str | None = None
         self._failures = 0
 
     def save(
@@ -49,24 +51,28 @@ class Saver:
         Waits for the save before. Raises `UserError` after `FAILURES_IN_A_ROW`.
         """
         began = time.monotonic()
-        if self._thread and self._thread.is_alive():
+        if self.busy():
             world.say(f"step {step} waits: the checkpoint before it is still being written")
         self.finish()
         if self._failures >= FAILURES_IN_A_ROW:
             raise UserError(
                 f"{self._failures} checkpoints of {run} in a row could not be written "
-                f"({self._problem}): mend that, the same command goes on from the newest"
+                f"({self.problem}): mend that, the same command goes on from the newest"
             )
-        world = replace(world, control=world.saves)
-        if wait or not cfg.background:
-            self._write(run, step, tensors, state, world, cfg)
-        else:
-            what = (run, step, self._stage(tensors), copy.deepcopy(state), world, cfg)
+        world, path = replace(world, control=world.saves), checkpoint.path_of(run, step)
+        background = cfg.background and not wait
+        if background:
+            tensors, state = self._stage(tensors), copy.deepcopy(state)
             faults.point("ckpt.staged", step=step)
-            self._thread = threading.Thread(target=self._write, args=what, daemon=True)
-            self._thread.start()
+        kept = (cfg.keep, cfg.keep_every)
+        work = partial(checkpoint.save, run, step, tensors, state, world, *kept)
+        # in any case a thread: while this one waits for it, it hears signals
+        self._thread = Thread(target=self._write, args=(path, work, world), daemon=True)
+        self._thread.start()
+        if not background:
+            self.finish()
         self.stall_s += time.monotonic() - began
-        return self._thread is not None or not self._problem
+        return background or not self.problem
 
     def _stage(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies in the memory of the CPU: pinned, and on a stream of their own, from a GPU."""
@@ -75,7 +81,9 @@ class Saver:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            staged = {n: t.detach().to("cpu", non_blocking=True) for n, t in tensors.items()}
+            staged = {
+                n: t.detach().to("cpu", copy=True, non_blocking=True) for n, t in tensors.items()
+            }
         self._copied = stream.record_event()
         return staged
 
@@ -84,37 +92,33 @@ class Saver:
         if self._copied:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def _write(
-        self,
-        run: Path,
-        step: int,
-        tensors: dict[str, torch.Tensor],
-        state: dict[str, Any],
-        world: World,
-        cfg: CheckpointConfig,
-    ) -> None:
+    def _write(self, path: Path, work: Callable[[], str | None], world: World) -> None:
         began = time.monotonic()
         try:
-            if self._copied:
+            if world.device.type == "cuda":
                 torch.cuda.set_device(world.device)  # a thread begins on the first one
+            if self._copied:
                 self._copied.synchronize()
-            kept = (cfg.keep, cfg.keep_every)
-            self._problem = checkpoint.save(run, step, tensors, state, world, *kept)
+            self.problem = work()
         except Exception as error:  # a rank that is gone: the loop will notice as well
-            self._problem = f"{type(error).__name__}: {error}"
-        self._failures = self._failures + 1 if self._problem else 0
-        self.longest_s = max(self.longest_s, time.monotonic() - began)
-        path, spent = checkpoint.path_of(run, step), show_seconds(time.monotonic() - began)
-        failed = f"WARNING: the checkpoint of step {step} failed: {self._problem}"
-        world.say(failed if self._problem else f"saved {path} in {spent}")
+            self.problem = f"{type(error).__name__}: {error}"
+        self.write_s = time.monotonic() - began
+        self._failures = self._failures + 1 if self.problem else 0
+        if self.problem:
+            world.say(f"WARNING: the checkpoint {path.name} failed: {self.problem}")
+        else:
+            world.say(f"saved {path} in {show_seconds(self.write_s)}")
 
-    def finish(self, timeout_s: float | None = None) -> bool:
-        """Wait for the save in flight, if there is one; whether the last one has not failed."""
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Wait for the save in flight, if there is one."""
         if self._thread:
             self._thread.join(timeout_s)
             self._thread = None
         self._copied = None
-        return not self._problem
 
     def take_stall(self) -> float | None:
         """Seconds that steps waited since the last call; None without a save."""

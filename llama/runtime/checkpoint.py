@@ -10,13 +10,14 @@ with an allow-list, and everything that is no tensor lives in the JSON.
 import errno
 import hashlib
 import io
+import os
 import pickle
 import re
 import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ def damage(path: Path, hashes: bool = True, part: int = 0, parts: int = 1) -> st
             return f"{MANIFEST} is not what was written"
         listed: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in sorted(listed.items())[part::parts]:
+            if "/" in name:
+                return f"{name} is no file of a checkpoint"
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}"
@@ -154,29 +157,30 @@ def save(
     `prune` says which older ones stay. A failure on one rank removes the folder, leaves every older
     checkpoint alone, and is the same text on every rank: training may go on.
     """
-    place, final = folder(run), path_of(run, step)
+    final = path_of(run, step)
 
     def make() -> Path:
-        part = place / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
+        sweep(run)
+        part = final.with_name(f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}")
         part.mkdir(parents=True)
         faults.point("ckpt.folder", step=step)
         return part
 
     part, problem = world.broadcast(_attempt(make) if world.leads else None)
-    if problem:
-        return str(problem)
-    written, problem = _attempt(lambda: _write_rank(part, step, tensors, world))
-    results = world.gather((written, problem))
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
-    if world.leads and not problems:
-        every = {name: entry for entries, _ in results for name, entry in entries.items()}
-        _, problem = _attempt(lambda: _publish(part, final, step, every, state))
-        problems += [problem] if problem else []
-    if world.leads and problems:
+    if not problem:
+        written, problem = _attempt(lambda: _write_rank(part, step, tensors, world))
+        results = world.gather((written, problem))
+        problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(results) if text]
+        if world.leads and not problems:
+            every = {name: entry for entries, _ in results for name, entry in entries.items()}
+            _, problem = _attempt(lambda: _publish(part, final, step, every, state))
+        # thousands of ranks tell the same of one disk
+        problem = "; ".join(problems[:3]) or problem
+    if world.leads and problem:
         # DCP hides a full disk behind a broken write position
-        problems.append(f"{show_bytes(files.free_bytes(place))} free on the disk")
-        shutil.rmtree(part, ignore_errors=True)
-    verdict: str | None = world.broadcast("; ".join(problems) or None)
+        problem = f"{problem} ({show_bytes(files.free_bytes(run))} free on the disk)"
+        _attempt(lambda: sweep(run))
+    verdict: str | None = world.broadcast(problem)
     if not verdict and world.leads:
         _, problem = _attempt(lambda: prune(run, keep, keep_every))
         if problem:
@@ -207,28 +211,31 @@ def _write_rank(
     part: Path, step: int, tensors: dict[str, torch.Tensor], world: World
 ) -> dict[str, Any]:
     """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
-    writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=True)
+    writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=False)
     writer.fs = _Files()
     dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
-    faults.point("ckpt.written", part / f"__{world.rank}_0.distcp", step=step)
+    faults.point("ckpt.written", step=step)
     entries = {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
-    faults.point("ckpt.hashed", part / f"__{world.rank}_0.distcp", step=step)
+    faults.point("ckpt.hashed", step=step)
     return entries
 
 
 class _Files(FileSystem):
-    """DCP's files, with the points where faults strike."""
+    """DCP's files, on the disk once closed: its own fsync comes before the buffer is written."""
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
         with super().create_stream(path, mode) as stream:
-            faults.point("file.opened", path, name=Path(path).name)
+            faults.point("file.opened", name=Path(path).name)
             yield stream
-        faults.point("file.written", path, name=Path(path).name)
+        faults.point("file.written", name=Path(path).name)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        faults.point("file.synced", name=Path(path).name)
 
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)
-        faults.point("file.renamed", new_path, name=Path(new_path).name)
+        faults.point("file.renamed", name=Path(new_path).name)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -240,7 +247,7 @@ def _publish(
 ) -> None:
     """Complete the folder and give it its name; only rank 0, only when all ranks have written."""
     files.write_json(part / STATE, state)
-    faults.point("ckpt.state", part / STATE, step=step)
+    faults.point("ckpt.state", step=step)
     for name in (STATE, METADATA):
         every[name] = _entry(part / name)
     present = {path.name for path in part.iterdir()}
@@ -248,7 +255,7 @@ def _publish(
         raise OSError(f"the files on disk are not those written: {sorted(present ^ set(every))}")
     manifest: dict[str, Any] = {"format": 1, "step": step, "files": every}
     files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
-    faults.point("ckpt.listed", part / MANIFEST, step=step)
+    faults.point("ckpt.listed", step=step)
     files.fsync_folder(part)
     faults.point("ckpt.synced", step=step)
     if final.exists():
@@ -257,14 +264,17 @@ def _publish(
         faults.point("ckpt.aside", step=step)
     part.rename(final)
     faults.point("ckpt.renamed", step=step)
-    for place in (final.parent, *final.parents[1:3]):
-        files.fsync_folder(place)  # runs/, the run and ckpt/ may be new as well
+    for place in final.parents[:4]:
+        # ckpt/, the run and runs/ may be new as well; what is above may be closed to us
+        with suppress(PermissionError):
+            files.fsync_folder(place)
     faults.point("ckpt.named", step=step)
 
 
 def _free_name(place: Path, word: str) -> Path:
     number = 0
-    while (path := place / f"{word}-{number}").exists():
+    # a link to nowhere has its name, too
+    while os.path.lexists(path := place / f"{word}-{number}"):
         number += 1
     return path
 
@@ -331,13 +341,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Fill `tensors` in place, resharding as needed; all ranks call it together."""
-    problem = None
-    try:
-        dcp.load(dict(tensors), storage_reader=Reader(path), process_group=world.control)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        problem = _reason(error)
+    reader, group = Reader(path), world.control
+    _, problem = _attempt(
+        lambda: dcp.load(dict(tensors), storage_reader=reader, process_group=group)
+    )
     if problem:
         raise UserError(f"{path} cannot be loaded into this model: {problem}")
 

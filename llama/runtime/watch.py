@@ -19,7 +19,7 @@ from llama.runtime.state import State
 
 TIME_LIMIT = 128  # beside the numbers of signals
 NAMES = {number: number.name for number in signals.STOPPING} | {0: "", TIME_LIMIT: "the time limit"}
-# The longest step and save so far are taken to be this much longer, and ending takes a moment.
+# The longest step and the last save are taken to be this much longer, and ending takes a moment.
 SAFETY, ENDING_S = 1.5, 2.0
 # What a process writes and hashes, until the first save is measured.
 SAVED_BYTES_PER_S = 100e6
@@ -77,7 +77,7 @@ class Watch:
             state = self._state
             guess_s = checkpoint_bytes(state.cfg.model) / state.world.size / SAVED_BYTES_PER_S
             # a save may be in flight that the last one has to wait for
-            needed_s = SAFETY * (self._step_s + 2 * (state.saver.longest_s or guess_s)) + ENDING_S
+            needed_s = SAFETY * (self._step_s + 2 * (state.saver.write_s or guess_s)) + ENDING_S
             number = self._stop.number or TIME_LIMIT * (self._since + needed_s > self._deadline)
             number, waits = divmod(state.world.largest(2 * number + waiting), 2)
             self.asked, waiting = NAMES[number], bool(waits)
