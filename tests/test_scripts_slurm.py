@@ -87,7 +87,8 @@ def test_a_job_puts_itself_back_and_the_next_one_ends_the_run(submitted: Path) -
 @pytest.mark.full
 def test_a_start_that_is_refused_does_not_come_back(submitted: Path) -> None:
     state, run = submitted.parent, Run(submitted, "done", {"data.path": submitted / "tokens"})
-    assert run.start(2).wait() == 0
+    run.start(2).communicate()
+    assert run.reason()["exit"] == "done"
     # a finished run is refused; the verdict of the job before must not count for this one
     said, _ = (child := sbatch(submitted, *run.words())).communicate()
     assert child.returncode == 1 and "job 4711-0: none" in said and "is finished" in said, said
