@@ -5,11 +5,16 @@ same command again resumes. `build` makes everything a run needs, `step` does on
 `train` is the loop: pretraining, fine-tuning, benchmarks and tests all use these three.
 """
 
+from llama.runtime import signals
+
+if __name__ == "__main__":
+    # first of all: a signal that comes while torch is imported is heard too
+    signals.listen()
+
 import gc
 import math
 import re
-import signal
-import time
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +34,10 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, profile, rewind, signals, world
+from llama.runtime import console, folder, metrics, oom, profile, rewind, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
+from llama.runtime.watch import Watch
 
 # by then neither compiling nor the first reads show in the speed
 PLAN_AFTER_STEPS = 50
@@ -100,8 +106,11 @@ def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 @torch.no_grad()
 @record_function("validation")
-def validate(state: State) -> dict[str, float]:
-    """Mean loss per source over the first windows of its held-out documents."""
+def validate(state: State, watch: Watch, row: dict[str, Any]) -> dict[str, Any]:
+    """`row` with the mean loss per source over the first windows of its held-out documents.
+
+    Cut short by a signal, nothing: the row is kept in the state, and finished by the next start.
+    """
     cfg, here, place, results = state.cfg, state.world, state.place, {}
     assert isinstance(cfg.data.mixture, dict)
     state.model.eval()
@@ -112,6 +121,9 @@ def validate(state: State) -> dict[str, float]:
         # every rank makes the same number of forward passes: FSDP gathers in each
         share = state.micro_batch * place.data_size
         for low in range(0, len(tokens), share):
+            faults.point("step.validating", step=state.step)
+            if watch.poll("validation") is None:
+                break
             part = tokens[low : low + share][place.data_rank :: place.data_size]
             losses, counts = forward(state, (part if len(part) else tokens[:1]).to(here.device))
             if len(part) and place.tensor_rank == 0:
@@ -120,7 +132,13 @@ def validate(state: State) -> dict[str, float]:
         results[name] = float(total[0] / total[1])
     state.model.train()
     fsdp.reshard(state.model)
-    return results
+    # the last step's is not made up for: nothing starts after it
+    state.unvalidated = row if watch.asked and state.step < state.steps else None
+    if watch.asked:
+        here.say(f"the validation of step {state.step} was cut short by {watch.asked}")
+        return {} if state.unvalidated else row
+    here.say(metrics.validation_line(state.step, results))
+    return row | {f"val/{name}": loss for name, loss in results.items()}
 
 
 # -- building a run --------------------------------------------------------------------------------
@@ -207,35 +225,47 @@ def train(cfg: Config) -> int:
     open_data(cfg)  # knows the vocabulary
     layouts.refuse(cfg, world.launched()[1], world.chip(world.own_device()))
     here = world.start()
-    stop = signals.Stop()
     run = folder.RUNS / cfg.name
     with oom.explained("building the model", cfg, here):
         state = build(cfg, here, run)
     with folder.held(run, here):
         folder.check(run, cfg, here, costs.checkpoint_bytes(cfg.model))
-        with oom.explained("loading the checkpoint", cfg, here, state):
-            if not resume(state) and cfg.train.init_from:
-                weights, tokenizer = dict(state.model.named_parameters()), state.tokenizer_sha256
-                here.say(load_weights(cfg.train.init_from, weights, here, tokenizer))
+        watch = Watch(state)
+        # a signal that came while torch was imported and the model built
+        watch.poll("loading")
+        if not watch.asked:
+            with oom.explained("loading the checkpoint", cfg, here, state):
+                if not resume(state) and (path := cfg.train.init_from):
+                    weights = dict(state.model.named_parameters())
+                    here.say(load_weights(path, weights, here, state.tokenizer_sha256))
         folder.record(run, cfg, here)
         try:
-            asked = loop(state, stop)
+            if not watch.asked:
+                loop(state, watch)
         except Exception as error:
-            if here.leads:
-                why = f"{type(error).__name__}: {error}"
-                folder.exit_reason(run, "failed", why, state.step)
+            error.add_note(f"on rank {here.rank} at step {state.step}")
+            first = watch.failed(f"{type(error).__name__}: {error}")
+            watch.beat("saving")
             # a save in flight may still become whole
             state.saver.finish(timeout_s=60)
+            if not first:
+                # this error is a consequence: the first rank has told its own
+                sys.stdout.flush()
+                signals.end(f"rank {here.rank} ends: another one has failed", 1)
             raise
+        asked = watch.asked if state.step < state.steps else ""
         if here.leads:
             verdict = ("requeue", asked) if asked else ("done", "all steps are trained")
             folder.exit_reason(run, *verdict, state.step)
+        here.largest(0)  # no rank ends before it stands there: schedulers then end the others
+        if asked:
+            here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
     # torchrun takes any other code for a crash
     return cli.EXIT_REQUEUE if asked and not here.under_torchrun else 0
 
 
-def loop(state: State, stop: signals.Stop) -> str | None:
-    """Steps until the end. Returns the signal that stopped it early, or None."""
+def loop(state: State, watch: Watch) -> None:
+    """Steps until the end, or until asked to stop; saved then, where there is progress."""
     cfg, here = state.cfg, state.world
     log = (
         metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg), state.guard.branch)
@@ -248,21 +278,26 @@ def loop(state: State, stop: signals.Stop) -> str | None:
     planned = layouts.expected(cfg, state.micro_batch, here.size, here.chip)
     settled = state.step + PLAN_AFTER_STEPS
     reader = loader.Loader(state.sources, state.order)
+    reader.stalled_after_s = cfg.train.step_timeout
     clock = metrics.Clock(state.tokens)
 
-    asked = None
-    batches = rewind.batches(state, reader, partial(rows_of, state))
+    saved = state.step
+    if state.unvalidated and (row := validate(state, watch, state.unvalidated)) and log:
+        log.row(state.step, row)
+    agree = partial(watch.poll, "waiting for data")
+    batches = rewind.batches(state, reader, partial(rows_of, state), agree)
     for number, tokens, source in profile.recorded(batches, state, clock):
         assert number == state.step
+        watch.beat("training")
         faults.point("step.begun", step=number + 1)
         with oom.explained(f"step {number + 1}", cfg, here, state):
             measured = step(state, tokens, source)
         if rewind.rewound(state):
             clock.read(state.tokens, reader.waited_s)
+            saved = state.step
             continue
         last = state.step == state.steps
-        asked = None if last else stop.agreed(here)
-        row: dict[str, Any] = {}
+        row = {}
         if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
@@ -271,23 +306,22 @@ def loop(state: State, stop: signals.Stop) -> str | None:
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):
-                losses = validate(state)
-            here.say(metrics.validation_line(state.step, losses))
-            row |= {f"val/{name}": loss for name, loss in losses.items()}
+                row = {"branch": state.guard.branch, "tokens": state.tokens, **row}
+                row = validate(state, watch, row)
         if row and log:
             log.row(state.step, {"branch": state.guard.branch, "tokens": state.tokens, **row})
-        if state.step % cfg.checkpoint.every == 0 or last or asked:
+        if state.step % cfg.checkpoint.every == 0:
+            watch.beat("saving")
             with clock.paused():
-                saved = save(state, wait=last or bool(asked))
-            if not saved and (last or asked):
-                raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
-        if asked:
-            here.say(f"stopped by {asked} at step {state.step}: the same command resumes")
-            break
+                saved = state.step if save(state, wait=False) else saved
+    watch.beat("saving")
+    state.saver.finish()
+    if (saved != state.step or state.saver.problem) and not save(state):
+        raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
+    watch.beat("ending")
     reader.close()
     if log:
         log.close()
-    return asked
 
 
 def rows_of(state: State, number: int) -> tuple[int, int]:
@@ -352,19 +386,13 @@ def main(argv: list[str]) -> int:
             return 0
         return train(cfg)
     except UserError as error:
-        # a rank that runs out of memory may be the only one to know
-        if world.launched()[0] and not isinstance(error, oom.OutOfMemory):
-            _wait_to_be_ended()
+        # rank 0 tells for all; who runs out of memory or fails in the loop may be alone with it
+        alone = isinstance(error, oom.OutOfMemory) or hasattr(error, "__notes__")
+        if world.launched()[0] and not alone:
+            sys.exit(cli.EXIT_USER)
         raise
     finally:
         world.stop()
-
-
-def _wait_to_be_ended() -> None:
-    """Leave the telling to rank 0; torchrun ends this process once rank 0 has exited."""
-    for number in signals.STOPPING:
-        signal.signal(number, signal.SIG_DFL)
-    time.sleep(20)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,10 @@ class TrainConfig:
             long that it gains (20 minutes).
         init_from: Weights to start from, with a fresh optimizer: a run, a checkpoint, or a
             folder of Hugging Face's or Meta's.
+        time_limit: Seconds from the start after which something ends the run: it saves and stops
+            before that, as it does before a Slurm job's end.
+        step_timeout: Seconds without progress after which a rank is taken to hang.
+        save_timeout: The same while saving and loading, and in the first step and validation.
     """
 
     tokens: Count = Count(1_000_000)
@@ -118,6 +122,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     init_from: str | None = None
+    time_limit: float | None = None
+    step_timeout: float = 600.0
+    save_timeout: float = 1800.0
 
 
 @dataclass
@@ -313,6 +320,9 @@ FREE_KEYS = (
     "kernels.",
     "train.micro_batch",
     "train.compile",
+    "train.time_limit",
+    "train.step_timeout",
+    "train.save_timeout",
     "data.path",
 )
 

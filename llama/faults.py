@@ -20,11 +20,11 @@ from typing import Any
 from llama.cli import UserError
 
 VARIABLE = "LLAMA_FAULTS"
-# Each is named after what has just been done.
+# Each is named after what has just been done, or is being done.
 _PLACES = {
     "start": "joined",
     "file": "opened written synced renamed",
-    "step": "begun graded",
+    "step": "begun graded reading validating",
     "ckpt": "staged folder written hashed state listed synced aside renamed named"
     " protected trashed pruned",
 }

@@ -1,12 +1,14 @@
 """The command: what it says, what it refuses, and what it leaves."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_convert import SHAPES, convert, fresh_rng, make_run, without_transformers
@@ -14,8 +16,10 @@ from made_data import make_tokenizer
 
 from llama import files
 from llama.cli import UserError
+from llama.convert import __main__ as command
 from llama.convert import load
 from llama.convert.__main__ import main
+from llama.runtime import checkpoint, signals
 
 ROOT = Path(__file__).parent.parent
 Capture = pytest.CaptureFixture[str]
@@ -177,6 +181,45 @@ def test_a_killed_conversion_leaves_nothing_under_the_name(
     # and what is left does not stand in the way of the next
     convert(run, place / "out", to)
     assert (place / "out").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_undoes_a_conversion(
+    run: Path, tmp_path: Path, name: str, rng: random.Random, scale: Any, score: Any
+) -> None:
+    """While it reads, where a library turns interrupts into errors of its own, writes, and ends."""
+    moments = {
+        "start": (command, "main"),
+        "read": (checkpoint.Reader, "read_data"),
+        "write": (os, "fsync"),
+        "last": (os, "rename"),
+    }
+    formats = ["hf", "native", "meta"]
+    cells = [(to, moment) for to in formats for moment in moments]
+    for to, moment in scale(rng.sample(cells, 2), cells):
+        place = tmp_path / f"{to}-{moment}"
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                owner, function = moments[moment]
+                whole = getattr(owner, function)
+
+                def signalled(*words: Any, whole: Any = whole) -> Any:
+                    os.kill(os.getpid(), getattr(signal, name))
+                    return whole(*words)
+
+                signals.listen()
+                setattr(owner, function, signalled)
+                code = signals.undone(command.main)([str(run), str(place / "out"), "--to", to])
+            finally:
+                os._exit(code or 0)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 75, (to, moment)
+        assert not place.exists() or not list(place.iterdir()), (to, moment)
+        score("signals", 1)
+    convert(run, place / "out", to)
 
 
 MEMORY = """

@@ -151,8 +151,8 @@ def test_read_that_hangs_is_named(
         release.wait()
 
     monkeypatch.setattr(sources["books"], "read", hang)
-    monkeypatch.setattr(module, "STALLED_AFTER_S", 0.1)
     loader = Loader(sources, make_order(rng, sources))
+    loader.stalled_after_s = 0.1
     with pytest.raises(TimeoutError, match="still reading window .*books/train"):
         for _ in loader.steps(0, 1000, lambda step: (0, 12)):
             pass

@@ -43,6 +43,7 @@ INSTEAD = [
         "a finished run is not trained again",
     ),
     (r"^python -m llama.trace runs/quickstart$", r"\g<0> --help", "the quickstart records nothing"),
+    (r"^sbatch .*", "bash -n scripts/slurm/train.sbatch", "needs Slurm"),
     (r"--train.tokens 4M\b", "--train.tokens 16k", "takes ten minutes"),
     (r"--input DIR\b", "--input texts", "stands for any folder"),
     (r"^python -m benchmarks.encode", r"\g<0> --mb 0.2 --vocab_size 1000", "takes minutes"),

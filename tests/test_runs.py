@@ -208,7 +208,8 @@ def test_loss_falls_and_every_key_is_there(single: Run) -> None:
 
 def test_run_folder_holds_what_the_design_says(single: Run) -> None:
     names = {path.name for path in single.folder.iterdir()} - {".lock"}
-    assert names == {"config.yaml", "metrics.jsonl", "train.log", "env.json", "EXIT_REASON", "ckpt"}
+    files = {"config.yaml", "metrics.jsonl", "train.log", "env.json", "EXIT_REASON"}
+    assert names == files | {"ckpt", "stacks"}
     steps = [step for step, _ in checkpoint.steps(single.folder)]
     assert steps == [16, 20]
     log = (single.folder / "train.log").read_text()

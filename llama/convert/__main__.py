@@ -4,6 +4,12 @@ SRC is a run (its newest checkpoint), a checkpoint, or a folder of Hugging Face'
 appears when the conversion has been checked, whole; after an error there is nothing.
 """
 
+from llama.runtime import signals
+
+if __name__ == "__main__":
+    # first of all: a signal that comes while torch is imported is heard too
+    signals.listen()
+
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,4 +78,4 @@ def write(source: Source, tokenizer: Tokenizer, a: Any) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(signals.undone(main))

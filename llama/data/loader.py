@@ -9,22 +9,29 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from itertools import count
 from typing import Any
 
 import torch
 
+from llama import faults
 from llama.data.order import Order
 from llama.data.shards import Source
 
 IGNORED = -100  # a target that counts for nothing, the convention of cross_entropy
 AHEAD = 3  # batches read before they are asked for
-STALLED_AFTER_S = 900.0
+POLL_S = 1.0
 Rows = tuple[int, int]
+# whether this process waits for a batch -> whether any does; None to end
+Agree = Callable[[bool], bool | None]
 Read = tuple[torch.Tensor, torch.Tensor]
 
 
 class Loader:
     """Reads the batches of an order. Has no state to save: the step is all it needs."""
+
+    stalled_after_s = 600.0
 
     def __init__(self, sources: Mapping[str, Source], order: Order, pin: bool = True) -> None:
         self.sources, self.order = sources, order
@@ -60,13 +67,14 @@ class Loader:
         return out, sources.pin_memory() if self.pin else sources
 
     def steps(
-        self, first_step: int, end_step: int, rows: Callable[[int], Rows]
+        self, first_step: int, end_step: int, rows: Callable[[int], Rows], agree: Agree = bool
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(step, tokens, sources) of steps [first, end), read by a thread in the background.
 
         ``rows(step)`` is this process's share of the global batch. What fails in the thread is
-        raised here; a read that hangs is named after ``STALLED_AFTER_S``. On a machine with GPUs
-        the tensors are on this process's; nobody waits for the copy but the GPU.
+        raised here; a read that hangs is named after ``stalled_after_s``. ``agree`` is asked
+        before each step, and every second while there is no batch. On a machine with GPUs the
+        tensors are on this process's; nobody waits for the copy but the GPU.
         """
         ready: queue.SimpleQueue[Read | BaseException] = queue.SimpleQueue()
         room, stopped = threading.Semaphore(AHEAD), threading.Event()
@@ -77,8 +85,10 @@ class Loader:
                 if stopped.is_set():
                     return
                 try:
+                    faults.point("step.reading", step=step + 1)
                     ready.put(self.batch(step, *rows(step)))
                 except BaseException as error:
+                    error.add_note(f"while reading {self._reading}")
                     ready.put(error)
                     return
 
@@ -92,16 +102,21 @@ class Loader:
         self._thread.start()
         try:
             for step in range(first_step, end_step):
-                began = time.monotonic()
-                try:
-                    got = ready.get(timeout=STALLED_AFTER_S)
-                except queue.Empty:
-                    raise TimeoutError(
-                        f"no batch for {STALLED_AFTER_S:.0f} s: still reading {self._reading}"
-                    ) from None
-                self.waited_s += time.monotonic() - began
-                if isinstance(got, BaseException):
-                    raise got
+                got: Read | BaseException | None = None
+                for tries in count(1):
+                    began = time.monotonic()
+                    with suppress(queue.Empty):
+                        got = got or ready.get(timeout=POLL_S)
+                    self.waited_s += time.monotonic() - began
+                    if isinstance(got, BaseException):
+                        raise got
+                    if not got and tries * POLL_S >= self.stalled_after_s:
+                        stalled = f"no batch for {self.stalled_after_s:g} s"
+                        raise TimeoutError(f"{stalled}: still reading {self._reading}")
+                    if not (waiting := agree(not got)):
+                        break
+                if waiting is None or not isinstance(got, tuple):
+                    return
                 room.release()
                 yield step, *(self._copied(*got) if self.pin else got)
         finally:

@@ -1,6 +1,6 @@
 """The folder of a run: one writer, one configuration, and the reason it ended.
 
-runs/<name>/{config.yaml, env.json, metrics.jsonl, train.log, EXIT_REASON, ckpt/}
+runs/<name>/{config.yaml, env.json, metrics.jsonl, train.log, EXIT_REASON, stacks/, ckpt/}
 """
 
 import fcntl
@@ -113,10 +113,23 @@ def environment(world: World) -> dict[str, Any]:
     }
 
 
-def exit_reason(run: Path, verdict: str, why: str, step: int) -> None:
-    """Write EXIT_REASON: `done`, `requeue` or `failed`, for scripts that cannot see exit codes."""
+def exit_reason(run: Path, verdict: str, why: str, step: int) -> bool:
+    """Write EXIT_REASON: `done`, `requeue` or `failed`, for scripts that cannot see exit codes.
+
+    Of the ranks that have failed, the first one is told: False for those that come later.
+    """
+    if verdict == "failed" and has_failed(run):
+        return False
     line = orjson.dumps({"exit": verdict, "why": why, "step": step})
     try:
         files.write_atomic(run / EXIT_REASON, line + b"\n")
     except OSError as error:
         print(f"WARNING: {run / EXIT_REASON} cannot be written: {os.strerror(error.errno or 0)}")
+    return True
+
+
+def has_failed(run: Path) -> bool:
+    """Whether a rank has written that it failed."""
+    with suppress(OSError):
+        return b'"failed"' in (run / EXIT_REASON).read_bytes()
+    return False

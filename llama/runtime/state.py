@@ -46,6 +46,8 @@ class State:
     guard: Guard
     pace: Pace = field(default_factory=Pace)
     step: int = 0
+    # a row of metrics whose validation a signal cut short: the next start does it
+    unvalidated: dict[str, Any] | None = None
     saver: background.Saver = field(default_factory=background.Saver)
 
     @property
@@ -94,6 +96,7 @@ def contents(state: State) -> dict[str, Any]:
         "branch": state.guard.branch,
         "guard": state.guard.state(),
         "window": dict(zip(state.order.names, state.window.tolist(), strict=True)),
+        "unvalidated": state.unvalidated,
         "rng": torch.get_rng_state().numpy().tobytes().hex(),
         "fingerprints": state.fingerprints(),
         "config": config.to_dict(state.cfg),
@@ -155,7 +158,7 @@ def restore(state: State, found: Path) -> None:
     optim.set_step_count(state.optimizer, saved["adam_steps"])
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
-    state.step = saved["step"]
+    state.step, state.unvalidated = saved["step"], saved.get("unvalidated")
     segments, _ = schedule.goes_on(saved, rewinds)
     state.order, unread = schedule.go_on(cfg, state.sources, segments, state.step, changed)
     state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))

@@ -96,7 +96,7 @@ def start() -> World:
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if size > 1 else alone))
     faults.point("start.joined")
-    return World(
+    here = World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
@@ -105,6 +105,16 @@ def start() -> World:
         saves=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         under_torchrun=under_torchrun,
     )
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        here.say("WARNING: restarts may fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    return here
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a collective may take from now on, in every group."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def peak_bytes(device: torch.device | None = None) -> int:
