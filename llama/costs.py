@@ -159,12 +159,11 @@ def activation_bytes_per_token(
     Beside them one float32 number a head (attention) and a norm.
 
     A tensor group shares them, but each of it has whole sequences of what its first products take,
-    and selective of what its last give. Processes of a sequence keep keys and values for each of
-    their two pieces, up to it, and the attention's output once more in one piece; manual keeps its
-    own keys and values too.
+    and selective of what its last give. Processes of a sequence keep the attention's output in two
+    pieces and once more in one, manual its own keys and values twice.
     """
     d, kv, f = cfg.dim, 2 * cfg.kv_heads * cfg.head_dim, cfg.hidden_dim
-    pieces = d + kv * (2 * context - 1) // 2 if context > 1 else 0
+    pieces = d * (context > 1)
     elements, sums = {
         "none": (4 * d + kv + 3 * f + pieces + 2 * d * tensor, cfg.n_heads + 2),
         "manual": (4 * d + kv + 2 * f + pieces + kv * (context > 1), cfg.n_heads + 2),
@@ -304,6 +303,11 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     if t > 1:
         # gradients of whole sequences, of both products and their sum, before they are divided
         inside = max(inside, whole + e * tokens * (3 * d - f // t))
+    if at.context > 1:
+        # in its backward pass attention has keys, values and their gradients of whole sequences,
+        # gathered, in order and summed: six times, by the tracker
+        kv = 2 * cfg.kv_heads * cfg.head_dim * at.context
+        inside = max(inside, whole + e * tokens * (d + 6 * kv - 3 * f) // t)
     # the fullest moment is at an end, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):
