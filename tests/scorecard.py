@@ -54,7 +54,7 @@ def page(lines: list[dict[str, Any]]) -> tuple[str, bool]:
             text, missed = text + f"| {what} | {cells} |\n", missed or below
     odd = [t for t in tests if t["outcome"] != "passed"]
     text += "\n## Tests that did not pass\n\n" * bool(odd)
-    return text + "".join(f"- {t['outcome']}: `{t['test']}`: {t['why']}\n" for t in odd), missed
+    return text + "".join(f"- {t['outcome']}: {t['test']}: {t['why']}\n" for t in odd), missed
 
 
 if __name__ == "__main__":

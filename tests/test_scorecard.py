@@ -67,8 +67,8 @@ def test_figures_travel_from_the_fixture_to_the_page(tmp_path: Path) -> None:
     assert "5 tests in 0\nminutes, 2 failed and 1 skipped" in page
     assert "| 1,000 | >= 1000 | met |" in page and "| 0.02 | <= 0.1 | met |" in page
     assert "| 1 | 0 | MISSED |" in page and "| not run | | |" in page
-    assert "skipped: `tests/test_it.py::test_skips`: Skipped: no second disk here" in page
-    assert "failed: `tests/test_it.py::test_misses`: one lost" in page
+    assert "skipped: tests/test_it.py::test_skips: Skipped: no second disk here" in page
+    assert "failed: tests/test_it.py::test_misses: one lost" in page
     assert "kill: not in tests/scorecard.yaml" in page
     (tmp_path / "figures").unlink()
     run(command, cwd=tmp_path, capture_output=True)
