@@ -31,7 +31,7 @@ from llama import cli, config, files  # noqa: E402
 from llama.cli import UserError  # noqa: E402
 from llama.config import Config, ParallelConfig  # noqa: E402
 from llama.data import loader, shards  # noqa: E402
-from llama.runtime import checkpoint, console, folder, metrics, world  # noqa: E402
+from llama.runtime import checkpoint, console, folder, metrics, rewind, world  # noqa: E402
 from llama.runtime.state import State, contents, made_by, restore  # noqa: E402
 
 # a next checkpoint within so many steps is reached; beyond, so many steps are trained again
@@ -156,6 +156,7 @@ def replay(
     reader, clock = loader.Loader(state.sources, state.order), metrics.Clock(state.tokens)
     for _, tokens, source in reader.steps(state.step, end, partial(train.rows_of, state)):
         measured = train.step(state, tokens, source)
+        rewind.readings(state)
         if train.is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             apart += differences(rows.get(state.step, {}), row)

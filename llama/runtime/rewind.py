@@ -37,10 +37,13 @@ def rewound(state: State) -> bool:
     state.pace.mark()
     if every and (state.step % every == 0 or last):
         replicas.compare(state)
-    seen = [(state.step - 1, state.guard.read())]
-    if last:
-        seen.append((state.step, state.guard.read()))
-    return any(reading and _act(state, step, reading) for step, reading in seen)
+    return any(reading and _act(state, step, reading) for step, reading in readings(state))
+
+
+def readings(state: State) -> list[tuple[int, list[float] | None]]:
+    """What the guard saw of the step before; after the last step of the run of that one too."""
+    steps = [state.step - 1, *([state.step] if state.step == state.steps else [])]
+    return [(step, state.guard.read()) for step in steps]
 
 
 def _act(state: State, step: int, seen: list[float]) -> bool:
