@@ -408,7 +408,7 @@ def rewound(workspace: Path) -> tuple[Run, str]:
 def test_a_rewind_passes_over_the_named_batches(rewound: tuple[Run, str]) -> None:
     run, said = rewound
     rows, folder = run.rows(), run.folder
-    assert "step 30 is a spike" in said and "back to step 20, branch 1" in said
+    assert "step 30 is a sudden spike" in said and "back to step 20, branch 1" in said
     assert [row["step"] for row in rows if row["branch"] == 0] == list(range(1, 31))
     assert [row["step"] for row in rows if row["branch"] == 1] == list(range(21, STEPS + 1))
     # up to the first batch that is passed over, the steps are the same bits again
@@ -605,7 +605,7 @@ def test_a_rewind_of_a_sharded_model_over_several_processes(workspace: Path) -> 
     whole = Run(workspace, "whole4", 4, **options, **{"train.batch_tokens": 512})
     whole.options["train.tokens"] = 512 * STEPS
     said = whole.go("step.graded:step=30,hit=1,action=spike")
-    assert "step 30 is a spike" in said and whole.rows()[-1]["branch"] == 1
+    assert "step 30 is a sudden spike" in said and whole.rows()[-1]["branch"] == 1
 
 
 def test_what_flipped_bits_do_to_a_step(

@@ -92,12 +92,12 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         return max(good, key=lambda plan: plan.step.tokens_per_s)
     least = plans[0]
     tried = [
-        with_micro_batch(cfg, replace(at, recompute=mode), n)
+        with_micro_batch(cfg, replace(given, recompute=mode), n)
         for mode in (at.recompute, *MODES)
+        for given in (at, replace(at, accumulate="sharded", reshard=True))
         for n in reversed(micro_batches(cfg, at))
         if auto or n <= at.micro_batch
     ]
-    tried += [replace(x, accumulate="sharded", reshard=True) for x in tried]
     for n in range(1, 12):
         # of the same GPUs where there are replicas to give up, else of more
         replicate = at.replicate >> n if at.replicate % (1 << n) == 0 else at.replicate

@@ -49,9 +49,10 @@ def readings(state: State) -> list[tuple[int, list[float] | None]]:
 def _act(state: State, step: int, seen: list[float]) -> bool:
     cfg, here = state.cfg.guard, state.world
     loss, norm, loss_limit, norm_limit, spike, unchanged = seen
+    word = "changed nothing" if unchanged else "is a sudden spike"
     what = (
-        f"step {step} {'changed nothing' if unchanged else 'is a spike'}: loss {loss:.4g} and "
-        f"gradient norm {norm:.4g}, limits {loss_limit:.4g} and {norm_limit:.4g}"
+        f"step {step} {word}: loss {loss:.4g} and gradient norm {norm:.4g}, "
+        f"limits {loss_limit:.4g} and {norm_limit:.4g}"
     )
     if spike and here.leads:
         # the disk may be full, and the oldest just on its way out
