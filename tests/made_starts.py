@@ -1,9 +1,10 @@
 """Tiny runs of train.py to do things to: shards made in a second, starts in processes of their own.
 
-`forked` starts train.py in a copy of the test's process, so that nothing is imported again.
+`forked` starts train.py in a copy of a process that has imported it.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -19,6 +20,8 @@ import train
 from llama.data.writer import Vocabulary
 
 ROOT = Path(__file__).parent.parent
+# what the server of forks imports train from
+os.environ["PYTHONPATH"] = str(ROOT)
 STEPS = 12
 OPTIONS: dict[str, Any] = {
     "model.dim": 32,
@@ -93,25 +96,14 @@ class Run:
     def forked(self, faults: str = "", **more: Any) -> tuple[int, str]:
         """train.py in a copy of this process, alone: its exit code and what it said."""
         log = self.place / f"{self.name}.out"
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                os.chdir(self.place)
-                os.environ["LLAMA_FAULTS"] = faults
-                handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(handle, 1), os.dup2(handle, 2)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                train.signals.listen()
-                try:
-                    train.cli.run(lambda _: train.main(self.words(**more)))
-                except SystemExit as end:
-                    code = int(end.code or 0)
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status), log.read_text()
+        # from a process of its own: in this one torch has threads, which no fork survives
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["train"])
+        child = server.Process(target=_train, args=(self.place, self.words(**more), faults, log))
+        child.start()
+        child.join()
+        assert child.exitcode is not None
+        return child.exitcode, log.read_text()
 
     def rows(self) -> list[dict[str, Any]]:
         """What metrics.jsonl says about the model, without speed and memory."""
@@ -136,3 +128,21 @@ class Run:
                 continue
             if state != "Z" and here and f"--name={self.name}" in words:
                 yield int(path.parent.name)
+
+
+def _train(place: Path, words: list[str], faults: str, log: Path) -> None:
+    code = 1
+    try:
+        os.chdir(place)
+        os.environ["LLAMA_FAULTS"] = faults
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        train.signals.listen()
+        try:
+            train.cli.run(lambda _: train.main(words))
+        except SystemExit as end:
+            code = int(end.code or 0)
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)

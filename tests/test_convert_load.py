@@ -175,7 +175,7 @@ SHARDED = """
 import sys
 import torch
 from torch.distributed.tensor import DTensor
-from llama.config import Config
+from llama.config import Config, Count, TrainConfig
 from llama.convert import load
 from llama.model import Transformer
 from llama.parallel import apply, fsdp
@@ -186,7 +186,7 @@ def main():
     truth = load.open_source(sys.argv[1])
     with torch.device("meta"):
         model = Transformer(truth.cfg)
-    cfg = Config(model=truth.cfg)
+    cfg = Config(model=truth.cfg, train=TrainConfig(batch_tokens=Count(3 * 256)))
     apply.apply(model, cfg, fsdp.place(cfg.parallel, "cpu"), torch.float32)
     for source in sys.argv[2:]:
         model.to_empty(device=here.device)

@@ -92,7 +92,7 @@ def fill():
         except OSError:
             os.write(2, b"the disk is full\\n")
     # a save fails meanwhile
-    while b"of step 40 failed" not in Path("{told}").read_bytes():
+    while b"step-00000040 failed" not in Path("{told}").read_bytes():
         time.sleep(0.001)
     filler.unlink()
     os.write(2, b"the disk has room\\n")
@@ -134,7 +134,7 @@ def test_a_disk_full_under_everything_costs_no_step(place: Path, tmp_path: Path,
     said = told.read_text()
     assert done.returncode == 0, said
     assert (
-        "of step 40 failed" in said
+        "step-00000040 failed" in said
         and "0 B free on the disk" in said
         and "the disk has room" in said
     )
@@ -199,8 +199,11 @@ def test_shards_that_change_under_a_run_stop_it_by_name(tmp_path: Path, how: str
 
     thread = _when(run, 3, spoil)
     if how == "gone":
-        # a file that is open stays readable: the run ends whole, and another one cannot begin
-        assert train_here(name, options) == 0
+        # a file that is open stays readable: the run ends whole, or at one that was not open yet
+        try:
+            assert train_here(name, options) == 0
+        except UserError as error:
+            assert ".bin: byte" in str(error)
         thread.join()
         with pytest.raises(UserError, match=r"\.bin cannot be read: No such file"):
             train_here(f"{name}-again", options)
@@ -290,7 +293,7 @@ def test_a_working_folder_that_is_deleted_is_told(place: Path, tmp_path: Path) -
     script = tmp_path / "gone.py"
     script.write_text(GONE.format(tests=ROOT / "tests", gone=tmp_path / "gone", options=options))
     said = call(str(script), cwd=place, expect=2)
-    assert "WARNING: the checkpoint of step" in said and "Traceback" not in said
+    assert "WARNING: the checkpoint step-" in said and "Traceback" not in said
     assert said.count("error: ") == 1 and "in a row could not be written" in said
 
 
