@@ -42,8 +42,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 quickstart: env
 	VENV=$(VENV) bash scripts/quickstart.sh
 
+# two halves beside each other, for two cores; both must pass
 test: env-dev lint types
-	$(PYTEST) -m "not full"
+	@$(PYTEST) -m "not full" tests/test_[a-d]*.py & half=$$!; \
+	$(PYTEST) -m "not full" tests/test_[e-z]*.py; other=$$?; \
+	wait $$half && exit $$other
 
 test-fast: env-dev
 	$(PYTEST) -m "not slow and not full"

@@ -12,7 +12,8 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LIMIT_LINES = 15_000
+# The aim, and what it must not grow beyond until it is met.
+AIM_LINES, LIMIT_LINES = 15_000, 16_100
 JUDGES = ("tests/", "benchmarks/")
 _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 _NO_CODE |= {tokenize.ENDMARKER}
@@ -54,8 +55,8 @@ def main() -> int:
     )
     total = sum(map(code_lines, code.values()))
     print(
-        f"{total:,} lines of code of at most {LIMIT_LINES:,}; with docstrings, comments and blank "
-        f"lines {sum(lines.values()):,}; {tests:,} of tests and {benchmarks:,} of benchmarks\n"
+        f"{total:,} lines of code of at most {LIMIT_LINES:,}, the aim is {AIM_LINES:,}; with "
+        f"docstrings, comments and blank lines {sum(lines.values()):,}; {tests:,} of tests and {benchmarks:,} of benchmarks\n"
     )
     largest = [(number, path) for path, number in lines.items()]
     for title, found in (("largest files", largest), ("longest functions", functions)):
