@@ -56,7 +56,8 @@ def main() -> int:
     total = sum(map(code_lines, code.values()))
     print(
         f"{total:,} lines of code of at most {LIMIT_LINES:,}, the aim is {AIM_LINES:,}; with "
-        f"docstrings, comments and blank lines {sum(lines.values()):,}; {tests:,} of tests and {benchmarks:,} of benchmarks\n"
+        f"docstrings, comments and blank lines {sum(lines.values()):,}; {tests:,} of tests "
+        f"and {benchmarks:,} of benchmarks\n"
     )
     largest = [(number, path) for path, number in lines.items()]
     for title, found in (("largest files", largest), ("longest functions", functions)):
