@@ -1,15 +1,15 @@
 """Bad numbers in synthetic curves, in a step, and in runs rewound, killed and gone on with."""
 
-import gc
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,41 +334,48 @@ def test_a_slow_rank_is_named_once(
 
 
 def forked(place: Path, size: int, action: Callable[[], Any], faults: str = "") -> tuple[list, str]:
-    """(exit codes, output) of `action` in copies of this process, joined in one world."""
+    """(exit codes, output) of `action` in processes that have imported train, joined in one world.
+
+    They are forked from a server: this process has threads of torch's, which no fork survives.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log, children = place / "output", []
+    log, ranks = place / "output", {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     log.write_bytes(b"")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])
+    children = []
     for rank in range(size):
-        if child := os.fork():
-            children.append(child)
-            continue
-        code = 1
-        try:
-            os.chdir(place)
-            os.environ["LLAMA_FAULTS"] = faults
-            if size > 1:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            handle = os.open(log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(handle, 1), os.dup2(handle, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-            torch.set_num_threads(1)
-            gc.freeze()  # what pytest has imported is not looked through at every log step
-            try:
-                cli.run(lambda _: action())
-            except SystemExit as end:
-                code = int(end.code or 0)
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])]
+        env = {"LLAMA_FAULTS": faults}
+        if size > 1:
+            env |= ranks | {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+        children.append(server.Process(target=_alone, args=(place, action, env, log)))
+        children[-1].start()
+    children[0].join()
     for child in children[1:]:
-        if codes[0]:
-            os.kill(child, signal.SIGTERM)  # as torchrun does
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    return codes, log.read_text()
+        if children[0].exitcode:
+            child.terminate()  # as torchrun does
+        child.join()
+    return [child.exitcode for child in children], log.read_text()
+
+
+def _alone(place: Path, action: Callable[[], Any], env: dict[str, str], log: Path) -> None:
+    code = 1
+    try:
+        os.chdir(place)
+        os.environ |= env
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(handle, 1), os.dup2(handle, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        torch.set_num_threads(1)
+        try:
+            cli.run(lambda _: action())
+        except SystemExit as end:
+            code = int(end.code or 0)
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
 
 
 class Run:
@@ -379,9 +386,8 @@ class Run:
         self.folder = place / "runs" / name
 
     def go(self, faults: str = "", expect: int = 0) -> str:
-        codes, said = forked(
-            self.place, self.size, lambda: train.main(words(**self.options)), faults
-        )
+        action = partial(train.main, words(**self.options))
+        codes, said = forked(self.place, self.size, action, faults)
         assert codes[0] == expect, said
         return said
 
@@ -453,7 +459,9 @@ def test_a_kill_does_not_undo_a_rewind(
     rewound: tuple[Run, str], fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = rewound
-    run = Run(whole.place, re.sub(r"\W", "-", fault), **{"guard.spike": "rewind"})
+    # a save in flight would decide by chance which one is the newest
+    options = {"guard.spike": "rewind", "checkpoint.background": False}
+    run = Run(whole.place, re.sub(r"\W", "-", fault), **options)
     run.go(f"{SPIKE};{fault}", expect=-9)
     decided = (run.folder / "rewinds.json").exists()
     assert decided != fault.startswith("file.synced")
@@ -511,43 +519,83 @@ def test_a_replica_that_drifts_ends_the_run(workspace: Path) -> None:
     assert [step for step, _ in checkpoint.steps(run.folder)] == [5]
 
 
+def _flip_and_compare(seed: int, flips: int) -> int:
+    here = world.start()
+    draws = random.Random(seed)
+    cfg = config.load(words(name="flips", **HSDP))
+    state = train.build(cfg, here, Path("runs/flips"))
+    replicas.compare(state)
+    missed = 0
+    for _ in range(flips):
+        name, tensor = draws.choice(list(state.tensors().items()))
+        local = tensor.to_local().view(-1).view(torch.int32)
+        place, mask = draws.randrange(len(local)), 1 << draws.randrange(31)
+        if here.rank == 1:
+            local[place] ^= mask
+        try:
+            replicas.compare(state)
+            missed += 1
+        except UserError as error:
+            assert f"step 0: {name} is not the same on rank 0 and rank 1" in str(error)
+        if here.rank == 1:
+            local[place] ^= mask
+    with torch.no_grad():  # the drift of a whole norm, where all elements are alike
+        state.model.norm.weight.to_local().mul_(1 + here.rank)  # type: ignore[operator, union-attr]
+    with pytest.raises(UserError, match=r"model.norm.weight is not"):
+        replicas.compare(state)
+    world.stop()
+    return missed
+
+
 def test_every_flipped_bit_of_a_replica_is_found(
     workspace: Path, rng: random.Random, score: Callable
 ) -> None:
     """Weights and moments of both kinds of layout, one element at a time, the norms included."""
     seed, flips = rng.randrange(2**32), 200
 
-    def flip_and_compare() -> int:
-        here = world.start()
-        draws = random.Random(seed)
-        cfg = config.load(words(name="flips", **HSDP))
-        state = train.build(cfg, here, Path("runs/flips"))
-        replicas.compare(state)
-        missed = 0
-        for _ in range(flips):
-            name, tensor = draws.choice(list(state.tensors().items()))
-            local = tensor.to_local().view(-1).view(torch.int32)
-            place, mask = draws.randrange(len(local)), 1 << draws.randrange(31)
-            if here.rank == 1:
-                local[place] ^= mask
-            try:
-                replicas.compare(state)
-                missed += 1
-            except UserError as error:
-                assert f"step 0: {name} is not the same on rank 0 and rank 1" in str(error)
-            if here.rank == 1:
-                local[place] ^= mask
-        with torch.no_grad():  # the drift of a whole norm, where all elements are alike
-            state.model.norm.weight.to_local().mul_(1 + here.rank)  # type: ignore[operator, union-attr]
-        with pytest.raises(UserError, match=r"model.norm.weight is not"):
-            replicas.compare(state)
-        world.stop()
-        return missed
-
-    codes, said = forked(workspace, 2, flip_and_compare)
+    codes, said = forked(workspace, 2, partial(_flip_and_compare, seed, flips))
     score("sdc.replicas", flips)
     score("sdc.replicas.missed", codes[0], "0")
     assert codes == [0, 0], said
+
+
+def _look(odd_one: int) -> int:
+    here = world.start()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    generator = torch.Generator().manual_seed(0)
+    whole = {n: torch.randn(8, 6, generator=generator) for n in "abcd"}
+    cuts = {
+        "a": [Replicate(), Replicate()],
+        "b": [Shard(0), Replicate()],
+        "c": [Replicate(), Shard(1)],
+        "d": [Shard(0), Shard(1)],
+    }
+    tensors = {n: distribute_tensor(t, mesh, cuts[n]) for n, t in whole.items()}
+    tensors["plain"] = torch.ones(5)
+    state: Any = SimpleNamespace(world=here, step=7, tensors=lambda: tensors)
+    replicas.compare(state)
+    # each rank has a part of its own here: nothing to compare
+    with torch.no_grad():
+        tensors["d"].to_local().add_(here.rank)
+    replicas.compare(state)
+    holders = {"a": [0, 1, 2, 3], "plain": [0, 1, 2, 3]}
+    holders["b"] = [r for r in range(4) if r // 2 == odd_one // 2]
+    holders["c"] = [r for r in range(4) if r % 2 == odd_one % 2]
+    for name, ranks in holders.items():
+        tensor = tensors[name]
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        kept = local.clone()
+        if here.rank == odd_one:
+            local.view(-1)[0] *= 1 + 2**-22
+        with pytest.raises(UserError) as caught:
+            replicas.compare(state)
+        others = ", ".join(str(r) for r in ranks if r != odd_one)
+        assert f"step 7: {name} is not the same on rank " in str(caught.value)
+        assert f"rank {odd_one}" in str(caught.value) and f"rank {others}" in str(caught.value)
+        local.copy_(kept)
+    replicas.compare(state)
+    world.stop()
+    return 0
 
 
 def test_replicas_are_found_from_placements_whatever_the_mesh(
@@ -557,45 +605,7 @@ def test_replicas_are_found_from_placements_whatever_the_mesh(
     odd_one = rng.randrange(4)
     print(f"rank {odd_one} drifts")
 
-    def look() -> int:
-        here = world.start()
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
-        generator = torch.Generator().manual_seed(0)
-        whole = {n: torch.randn(8, 6, generator=generator) for n in "abcd"}
-        cuts = {
-            "a": [Replicate(), Replicate()],
-            "b": [Shard(0), Replicate()],
-            "c": [Replicate(), Shard(1)],
-            "d": [Shard(0), Shard(1)],
-        }
-        tensors = {n: distribute_tensor(t, mesh, cuts[n]) for n, t in whole.items()}
-        tensors["plain"] = torch.ones(5)
-        state: Any = SimpleNamespace(world=here, step=7, tensors=lambda: tensors)
-        replicas.compare(state)
-        # each rank has a part of its own here: nothing to compare
-        with torch.no_grad():
-            tensors["d"].to_local().add_(here.rank)
-        replicas.compare(state)
-        holders = {"a": [0, 1, 2, 3], "plain": [0, 1, 2, 3]}
-        holders["b"] = [r for r in range(4) if r // 2 == odd_one // 2]
-        holders["c"] = [r for r in range(4) if r % 2 == odd_one % 2]
-        for name, ranks in holders.items():
-            tensor = tensors[name]
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            kept = local.clone()
-            if here.rank == odd_one:
-                local.view(-1)[0] *= 1 + 2**-22
-            with pytest.raises(UserError) as caught:
-                replicas.compare(state)
-            others = ", ".join(str(r) for r in ranks if r != odd_one)
-            assert f"step 7: {name} is not the same on rank " in str(caught.value)
-            assert f"rank {odd_one}" in str(caught.value) and f"rank {others}" in str(caught.value)
-            local.copy_(kept)
-        replicas.compare(state)
-        world.stop()
-        return 0
-
-    codes, said = forked(tmp_path, 4, look)
+    codes, said = forked(tmp_path, 4, partial(_look, odd_one))
     assert codes == [0] * 4, said
 
 
