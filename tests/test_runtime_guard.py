@@ -388,7 +388,8 @@ class Run:
     def go(self, faults: str = "", expect: int = 0) -> str:
         action = partial(train.main, words(**self.options))
         codes, said = forked(self.place, self.size, action, faults)
-        assert codes[0] == expect, said
+        # which rank tells a fault that all see is a matter of luck, the other ends with 1
+        assert codes[0] == expect or expect == 2 in codes, said
         return said
 
     def rows(self) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """metrics.jsonl is the record; other loggers get the same rows and can never end a run."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -77,13 +79,24 @@ def test_clock_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.read(tokens=10_000, waited_s=1.0) == (500.0, 0.0)
 
 
-def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+OFFLINE = """
+import sys
+from pathlib import Path
+from llama.config import LogConfig
+from llama.runtime import metrics
+
+log = metrics.Metrics(Path(sys.argv[1]), LogConfig(wandb="offline"), 0, {"seed": 1})
+assert len(log._sinks) == 1
+log.row(1, {"loss": 2.6})
+log.close()
+"""
+
+
+def test_wandb_writes_offline(tmp_path: Path) -> None:
+    """In a process of its own: wandb writes where the first run of a process said."""
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    log = metrics.Metrics(tmp_path, LogConfig(wandb="offline"), 0, {"seed": 1})
-    assert len(log._sinks) == 1
-    log.row(1, ROW)
-    log.close()
+    env = {**os.environ, "WANDB_SILENT": "true", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", OFFLINE, str(tmp_path)], env=env, check=True)
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 

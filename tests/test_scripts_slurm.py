@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def submitted(tmp_path: Path) -> Path:
 def sbatch(place: Path, *words: str, restart: int = 0, faults: str = "") -> subprocess.Popen[str]:
     state = place.parent
     here = {
-        "PATH": f"{state / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{state / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "STATE": str(state),
         "SLURM_SUBMIT_DIR": str(place),
         "SLURM_JOB_ID": "4711",
