@@ -297,7 +297,7 @@ def loop(state: State, watch: Watch) -> None:
             saved = state.step
             continue
         last = state.step == state.steps
-        row = {}
+        stands, row = {"branch": state.guard.branch, "tokens": state.tokens}, {}
         if is_logged(state):
             row = console.log_row(state, measured, clock, reader.waited_s)
             if planned and state.step >= settled:
@@ -306,10 +306,9 @@ def loop(state: State, watch: Watch) -> None:
             gc.collect()
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):
-                row = {"branch": state.guard.branch, "tokens": state.tokens, **row}
-                row = validate(state, watch, row)
+                row = validate(state, watch, stands | row)
         if row and log:
-            log.row(state.step, {"branch": state.guard.branch, "tokens": state.tokens, **row})
+            log.row(state.step, stands | row)
         if state.step % cfg.checkpoint.every == 0:
             watch.beat("saving")
             with clock.paused():

@@ -320,8 +320,9 @@ def test_slurms_end_is_read_and_a_stale_one_is_not(monkeypatch: pytest.MonkeyPat
     for text, expected in ("", math.inf), ("0", math.inf), ("Unknown", math.inf), ("5", math.inf):
         monkeypatch.setenv("SLURM_JOB_END_TIME", text)
         assert watch.job_seconds_left() == expected
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 500))
-    assert 400 < watch.job_seconds_left() <= 500
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.5)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1700000500")
+    assert watch.job_seconds_left() == 499.5
 
 
 @pytest.mark.full

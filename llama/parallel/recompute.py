@@ -10,9 +10,9 @@ budget      full, manual and none, block by block, so that what is kept fits a n
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llama.parallel import manual
@@ -30,7 +30,7 @@ DEAR = [
 ]
 
 
-def apply(model: nn.Module, modes: Sequence[str], *seams: Seam) -> None:
+def apply(model: Any, modes: Sequence[str], *seams: Seam) -> None:
     """Set up every block of the model in place, each with its mode; no name changes.
 
     `seams` are those of tensor.py where a sequence is divided.
@@ -38,7 +38,7 @@ def apply(model: nn.Module, modes: Sequence[str], *seams: Seam) -> None:
     again = functools.partial(checkpoint, use_reentrant=False)
     contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
     wrappers = {"full": again, "selective": functools.partial(again, context_fn=contexts)}
-    for block, mode in zip(model.layers, modes, strict=True):  # type: ignore[arg-type]
+    for block, mode in zip(model.layers, modes, strict=True):
         if mode == "manual":
             manual.apply(block, *seams)
         elif mode != "none":

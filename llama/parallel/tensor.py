@@ -74,15 +74,15 @@ def local(weight: Tensor) -> Tensor:
 class _Own:
     """A module as its forward sees it, with this process's part of the weight."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self.weight = module, local(module.weight)  # type: ignore[arg-type]
+    def __init__(self, module: Any) -> None:
+        self._module, self.weight = module, local(module.weight)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
-def _forward(module: nn.Module, *args: Any) -> Any:
-    return type(module).forward(_Own(module), *args)  # type: ignore[arg-type]
+def _forward(module: Any, *args: Any) -> Any:
+    return type(module).forward(_Own(module), *args)
 
 
 def _embed(module: nn.Embedding, first: int, reduce_scatter: Seam, tokens: Tensor) -> Tensor:

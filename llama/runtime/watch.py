@@ -50,6 +50,7 @@ class Watch:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.lseek(self._file, max(path.stat().st_size, WIDTH), os.SEEK_SET)
         self.beat("starting")
+        self._note("alive")
         self._stop.tick = self._tick
 
     def beat(self, phase: str) -> None:
@@ -63,7 +64,6 @@ class Watch:
         self._key = "save_timeout" if long else "step_timeout"
         self._limit_s = getattr(self._state.cfg.train, self._key)
         self._phase, self._since, self._idle_s = phase, now, 0.0
-        self._note("alive")
         # a thread of C writes them: it needs no lock that a hanging thread may hold
         faulthandler.dump_traceback_later(self._limit_s, file=self._file)
 
@@ -98,6 +98,8 @@ class Watch:
     def _tick(self, ran_s: float) -> None:
         """Called about once a second by the thread that hears signals."""
         self._idle_s += ran_s
+        # here and not in a beat: a step must not wait for the file
+        self._note("alive")
         run, rank = self._state.run, self._state.world.rank
         stuck = self._idle_s > FOLLOW_S and "training" in self._seen and self._phase != "saving"
         if stuck and folder.has_failed(run):
