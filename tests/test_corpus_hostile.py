@@ -10,6 +10,7 @@ import io
 import random
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from llama.corpus.sources import arxiv, c4, commoncrawl, github, plain, stackexc
 DEADLINE_S = 60.0
 # of a child beside what it has: one bomb would take a hundred times as much
 MEMORY_BYTES = 1 << 30
+# where anybody may write: an archive that escapes leaves a file there
+ESCAPED = f"{tempfile.gettempdir()}/escaped-{random.SystemRandom().randrange(2**32)}"
 TEX = b"\\documentclass{article}\\begin{document}\\section{A} words\\end{document}"
 
 
@@ -59,11 +62,11 @@ def with_size(size: int) -> bytes:
 
 
 def tars() -> dict[str, bytes]:
-    outside = "../" * 9 + "tmp/escaped.tex"
+    outside = "../" * 9 + ESCAPED.lstrip("/") + ".tex"
     many = [(f"{i}.tex", b"x") for i in range(20_000)]
     names = {
         "up": tar((outside, TEX)),
-        "absolute": tar(("/tmp/escaped.tex", TEX)),
+        "absolute": tar((f"{ESCAPED}.tex", TEX)),
         "links": tar(
             special(tarfile.SYMTYPE, "away", "/tmp"),
             ("away/escaped.tex", TEX),
@@ -105,7 +108,7 @@ def zips() -> dict[str, bytes]:
     second = overlapping.rindex(b"PK\1\2")
     overlapping[second + 42 : second + 46] = struct.pack("<I", 0)
     return {
-        "up": packed(("../../../tmp/escaped.txt", b"words"), ("/tmp/escaped.txt", b"words")),
+        "up": packed((f"../../..{ESCAPED}.txt", b"words"), (f"{ESCAPED}.txt", b"words")),
         "bomb": packed(("a.txt", bytes(64 << 20))),
         "lying": bytes(lying),
         "overlapping": bytes(overlapping),
@@ -247,7 +250,7 @@ def test_hostile_archives_cost_themselves(
             wrong.append(f"{name}: taken whole")
         if any("root:" in text or "ha" * 99 in text for text in texts):
             wrong.append(f"{name}: read what lies outside, or expanded: {said}")
-    escaped = [p for p in (Path("/tmp/escaped.tex"), Path("/tmp/escaped.txt")) if p.exists()]
+    escaped = [p for p in (Path(f"{ESCAPED}.tex"), Path(f"{ESCAPED}.txt")) if p.exists()]
     score("hostile", len(cases), ">= 80")
     score("hostile.harm", len(wrong) + len(escaped), "0")
     assert not wrong and not escaped
