@@ -318,7 +318,7 @@ def test_a_slow_rank_is_named_once(
     times[(slow + 1) % ranks][7] = 5.0  # one hiccup is no slow rank
     all_of_them = paces(times, monkeypatch)
     values = [(stragglers.median(pace.own_s), "node") for pace in all_of_them]
-    here: Any = world.World(0, ranks, 0, torch.device("cpu"), None, None, False)  # type: ignore[arg-type]
+    here: Any = world.World(0, ranks, 0, torch.device("cpu"), False)
     monkeypatch.setattr(world.World, "gather", lambda self, value: values)
     for _ in range(2):
         row = stragglers.compare(all_of_them[0], here)

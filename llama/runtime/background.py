@@ -59,7 +59,7 @@ class Saver:
                 f"{self._failures} checkpoints of {run} in a row could not be written "
                 f"({self.problem}): mend that, the same command goes on from the newest"
             )
-        world, path = replace(world, control=world.saves), checkpoint.path_of(run, step)
+        world, path = replace(world, channel="saves"), checkpoint.path_of(run, step)
         background = cfg.background and not wait
         if background:
             tensors, state = self._stage(tensors), copy.deepcopy(state)

@@ -213,7 +213,7 @@ def _write_rank(
     """Write this rank's tensors and hash what was written: {name: {bytes, sha256}}."""
     writer = dcp.FileSystemWriter(part, single_file_per_rank=True, sync_files=False)
     writer.fs = _Files()
-    dcp.save(dict(tensors), storage_writer=writer, process_group=world.control)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
     faults.point("ckpt.written", step=step)
     entries = {path.name: _entry(path) for path in part.glob(f"__{world.rank}_*")}
     faults.point("ckpt.hashed", step=step)
@@ -350,7 +350,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
     """Fill `tensors` in place, resharding as needed; all ranks call it together."""
-    reader, group = Reader(path), world.control
+    reader, group = Reader(path), world.group
     _, problem = _attempt(
         lambda: dcp.load(dict(tensors), storage_reader=reader, process_group=group)
     )

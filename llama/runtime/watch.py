@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import time
+import weakref
 from contextlib import suppress
 
 from llama.cli import show_seconds
@@ -34,7 +35,10 @@ class Watch:
     """One rank's, over the state of its run."""
 
     def __init__(self, state: State) -> None:
-        cfg, self._state, self._stop = state.cfg.train, state, signals.listen()
+        # weakly: the thread that ticks holds this to the end, and a run that is over is let go
+        self._state: State = weakref.proxy(state)
+        cfg, self._stop = state.cfg.train, signals.listen()
+        self._run, self._rank = state.run, state.world.rank
         self.asked, self._phase, self._key, self._seen = "", "", "", set[str]()
         self._since, self._step_s = time.monotonic(), 0.0
         of_run = (cfg.time_limit or math.inf) - (self._since - self._stop.began)
@@ -64,6 +68,7 @@ class Watch:
         self._key = "save_timeout" if long else "step_timeout"
         self._limit_s = getattr(self._state.cfg.train, self._key)
         self._phase, self._since, self._idle_s = phase, now, 0.0
+        self._step = self._state.step
         # a thread of C writes them: it needs no lock that a hanging thread may hold
         faulthandler.dump_traceback_later(self._limit_s, file=self._file)
 
@@ -85,12 +90,11 @@ class Watch:
 
     def failed(self, why: str) -> bool:
         """Leave the verdict that this rank failed; False where another one did before."""
-        run, why = self._state.run, f"rank {self._state.world.rank}: {why}"
-        return folder.exit_reason(run, "failed", why, self._state.step)
+        return folder.exit_reason(self._run, "failed", f"rank {self._rank}: {why}", self._step)
 
     def _note(self, word: str) -> None:
-        here = f"rank {self._state.world.rank}, process {os.getpid()} on {platform.node()}"
-        self._where = f"{self._phase} after step {self._state.step}"
+        self._where = f"{self._phase} after step {self._step}"
+        here = f"rank {self._rank}, process {os.getpid()} on {platform.node()}"
         line = f"{word} {time.strftime('%F %T')}: {here}, {self._where}"[: WIDTH - 1]
         with suppress(OSError):  # a full disk must not end a run
             os.pwrite(self._file, line.ljust(WIDTH - 1).encode() + b"\n", 0)
@@ -100,7 +104,7 @@ class Watch:
         self._idle_s += ran_s
         # here and not in a beat: a step must not wait for the file
         self._note("alive")
-        run, rank = self._state.run, self._state.world.rank
+        run, rank = self._run, self._rank
         stuck = self._idle_s > FOLLOW_S and "training" in self._seen and self._phase != "saving"
         if stuck and folder.has_failed(run):
             signals.end(f"rank {rank} ends: another one has failed", 1)

@@ -19,22 +19,29 @@ import torch.distributed as dist
 from llama import faults
 
 START_TIMEOUT = timedelta(minutes=30)
+# Held here alone. A group that outlives `stop`, be it in the frame of an error, keeps its threads,
+# and those abort the end of the interpreter now and then: a run that succeeded would have failed.
+_groups: dict[str, dist.ProcessGroup] = {}
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands. `control` carries decisions, on CPU tensors only.
+    """Where this process stands. `channel` carries decisions, on CPU tensors only.
 
-    `saves` carries what a save says beside them, in a thread of its own.
+    What a save says beside them, in a thread of its own, goes through "saves".
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup
-    saves: dist.ProcessGroup
     under_torchrun: bool
+    channel: str = "control"
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The gloo group of `channel`, until `stop`."""
+        return _groups[self.channel]
 
     @property
     def leads(self) -> bool:
@@ -53,19 +60,19 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def largest(self, value: int) -> int:
         """The largest value over all ranks; no device is waited for."""
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return int(tensor)
 
 
@@ -96,13 +103,13 @@ def start() -> World:
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if size > 1 else alone))
     faults.point("start.joined")
+    for channel in ("control", "saves"):
+        _groups[channel] = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
     here = World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
         device=device,
-        control=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
-        saves=dist.new_group(backend="gloo", timeout=START_TIMEOUT),
         under_torchrun=under_torchrun,
     )
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -130,7 +137,7 @@ def peak_bytes(device: torch.device | None = None) -> int:
 
 def stop() -> None:
     """Leave the process group."""
-    # meshes that outlive the group abort the end of the interpreter now and then
-    gc.collect()
+    gc.collect()  # meshes hold groups too
+    _groups.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
