@@ -1,6 +1,9 @@
 """Checkpoints: round trip, retention, refusals. Kills and damage have files of their own."""
 
+import io
+import pickle
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,24 @@ def test_every_so_many_steps_and_marked_ones_stay(tmp_path: Path, here) -> None:
     checkpoint.prune(tmp_path, 1)
     assert [step for step, _ in checkpoint.steps(tmp_path)] == [3, 12]
     _loads(tmp_path, 12, here)
+
+
+class _Older(pickle.Pickler):
+    """Writes the members of enums as Python 3.11.0 to 3.11.3 does."""
+
+    def reducer_override(self, value: object) -> object:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_metadata_of_another_python_is_read(tmp_path: Path, here) -> None:
+    _save(tmp_path, 1, here)
+    written = tmp_path / "ckpt" / "step-00000001" / checkpoint.METADATA
+    metadata = pickle.loads(written.read_bytes())
+    _Older(buffer := io.BytesIO()).dump(metadata)
+    assert b"getattr" in buffer.getvalue()
+    written.write_bytes(buffer.getvalue())
+    read = checkpoint.Reader(written.parent).read_metadata()
+    assert read.state_dict_metadata == metadata.state_dict_metadata
 
 
 def test_no_checkpoint_is_none_and_newest_says_where_it_looked(tmp_path: Path, here) -> None:

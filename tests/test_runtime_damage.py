@@ -327,6 +327,7 @@ def _carriers(code: str, touch: str) -> dict[str, tuple[str, Callable[[Metadata]
     inner = io.BytesIO(_torch_file(_Calls(os.system, touch)))
     nested = _Calls(functools.partial(torch.load, weights_only=False), inner)
     by_name = b"cposix\nsystem\n(S'%s'\ntR." % touch.encode()
+    by_attribute = b"cbuiltins\ngetattr\n(cpathlib\nPath\n(S'%s'\ntRS'touch'\ntR(tR."
     module = _Calls(importlib.import_module, "os")
     everything = {
         "os.system": lambda real: pickle.dumps(_Calls(os.system, touch)),
@@ -337,6 +338,7 @@ def _carriers(code: str, touch: str) -> dict[str, tuple[str, Callable[[Metadata]
         ),
         "subprocess": lambda real: pickle.dumps(_Calls(subprocess.getoutput, touch)),
         "protocol 0": lambda real: by_name,
+        "an allowed class": lambda real: by_attribute % touch.removeprefix("touch ").encode(),
         "torch.load, nested": lambda real: pickle.dumps(nested),
         "planner data": lambda real: pickle.dumps(_set_by_state(_Calls(os.system, touch), real)),
         "a key": lambda real: pickle.dumps(
