@@ -305,9 +305,10 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         inside = max(inside, whole + e * tokens * (3 * d - f // t))
     if at.context > 1:
         # in its backward pass attention has keys, values and their gradients of whole sequences,
-        # gathered, in order and summed: six times, by the tracker
+        # gathered and in order, beside the gradients of all matrices behind it
         kv = 2 * cfg.kv_heads * cfg.head_dim * at.context
-        inside = max(inside, whole + e * tokens * (d + 6 * kv - 3 * f) // t)
+        there = e * (3 * d * f + d * d) // t
+        inside = max(inside, whole + there + e * tokens * (d + 4 * kv - 3 * f) // t)
     # the fullest moment is at an end, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):
