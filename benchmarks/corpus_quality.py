@@ -223,7 +223,7 @@ def of_fluency(given: Any) -> Iterator[Row]:
 
 
 def of_references(given: Any) -> Iterator[Row]:
-    """The classifier of a planted crawl: books, to which Wikipedia refers, among pages and posts."""
+    """The classifier of a planted crawl: books, which are referred to, among pages and posts."""
     books = [d for d in _books(given.data) if d.meta.get("language", "English") == "English"]
     pages = [*documents(given.data, "c4"), *documents(given.data, "stackexchange")]
     # the same texts, of which half are said to be references: there is nothing to learn

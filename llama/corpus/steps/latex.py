@@ -22,7 +22,7 @@ _HIDDEN = re.compile(r"\\begin\{comment\}")
 _REFERENCES = re.compile(r"\\begin\{(?:thebibliography|references|bibdiv|biblist)\}")
 # \iff is a sign, \ifthenelse takes arguments; to give one a name asks nothing.
 _CONDITION = re.compile(
-    r"\\newif\s*\\[a-zA-Z@]+|\\let\s*\\[a-zA-Z@]+\s*=?\s*\\[a-zA-Z@]+|\\(?:(?P<hides>iffalse|if0)"
+    r"\\newif\s*\\[a-zA-Z@]+|\\let\s*\\[a-zA-Z@]+\s*+=?\s*\\[a-zA-Z@]+|\\(?:(?P<hides>iffalse|if0)"
     r"(?![a-zA-Z@])|(?P<asks>if)(?!f(?![a-zA-Z@])|thenelse)|(?P<ends>else|fi)(?![a-zA-Z@]))"
 )
 _CLASS = re.compile(
@@ -49,13 +49,13 @@ _BIBLIOGRAPHY = re.compile(
 )
 _DEFINES = re.compile(
     r"\\(?:(?:re)?newcommand|providecommand|DeclareRobustCommand)\b\*?\s*(?:\{\s*\\([a-zA-Z@]+|.)\s*\}|\\([a-zA-Z@]+|.))"
-    r"\s*(?:\[(\d)\])?\s*(?:\[((?:[^\[\]{}]|\{[^{}]*\})*)\])?\s*(?=\{)"
+    r"\s*+(?:\[(\d)\])?\s*+(?:\[((?:[^\[\]{}]|\{[^{}]*\})*+)\])?\s*(?=\{)"
     r"|\\DeclareMathOperator\*?\s*\{?\s*\\([a-zA-Z@]+)\s*\}?\s*(?=\{)"
-    r"|\\(?:long\s*)?[egx]?def\s*\\([a-zA-Z@]+|.)\s*((?:#\d)*)\s*(?=\{)"
+    r"|\\(?:long\s*)?[egx]?def\s*\\([a-zA-Z@]+|.)\s*+((?:#\d)*+)\s*(?=\{)"
 )
 # What is \relax by another name is taken away, not meant.
 _ALIAS = re.compile(
-    r"\\let\s*\\([a-zA-Z]+)\s*=?\s*(?!\\(?:relax|undefined|empty|if|fi)|\\[a-zA-Z]*@)(\\[a-zA-Z]+)"
+    r"\\let\s*\\([a-zA-Z]+)\s*+=?\s*+(?!\\(?:relax|undefined|empty|if|fi)|\\[a-zA-Z]*@)(\\[a-zA-Z]+)"
 )
 _CALL = re.compile(r"\\([a-zA-Z@]+|[^a-zA-Z@])")
 _INTERNAL = re.compile(r"\\[a-zA-Z]*@|\\(?:csname|expandafter|futurelet|if[a-z]*)\b")
@@ -113,7 +113,7 @@ def find_main(files: Mapping[str, str]) -> str | None:
         if begins or declared:
             stem = posixpath.basename(name).rpartition(".")[0].lower()
             likely = stem in ("main", "ms", "paper", "article", "manuscript", "root")
-            is_part = bool(declared) and declared[1] in _PARTS
+            is_part = declared is not None and declared[1] in _PARTS
             found.append((not is_part, bool(declared) and begins, likely, len(text), name))
     return max(found)[-1] if found else None
 
@@ -322,12 +322,10 @@ def _filled(body: str, arguments: list[str]) -> str:
 
 def _bracket(text: str, at: int, closes: Mapping[int, int]) -> int:
     """Where the optional argument that begins at a place ends, or -1; braces may hold brackets."""
-    end, last = at + 1, min(len(text), at + 1000)
-    while end < last and text[at] == "[":
-        if text[end] == "]":
-            return end
+    end = at + 1 if text.startswith("[", at) else len(text)
+    while end < len(text) and end <= at + 1000 and text[end] != "]":
         end = closes.get(end, end) + 1
-    return -1
+    return end if text.startswith("]", end) else -1
 
 
 def _arguments(
