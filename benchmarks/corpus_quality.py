@@ -11,15 +11,17 @@ import tempfile
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 
-from benchmarks import harness
+from benchmarks import harness, planted
 from benchmarks.dumps import (
     DEBIAN,
     Missing,
@@ -34,9 +36,10 @@ from benchmarks.dumps import (
 )
 from llama import cli
 from llama.corpus.document import Document, apply
+from llama.corpus.executors import Executor
 from llama.corpus.models import kneser_ney, linear, pieces
 from llama.corpus.models import train as train_models
-from llama.corpus.steps import c4_rules, containment, language, wikitext
+from llama.corpus.steps import c4_rules, containment, language, references, wikitext
 
 # Of a dump: the judge is slow.
 MAX_CHARS = 400_000
@@ -219,6 +222,43 @@ def of_fluency(given: Any) -> Iterator[Row]:
     )
 
 
+def of_references(given: Any) -> Iterator[Row]:
+    """The classifier of a planted crawl: books, which are referred to, among pages and posts."""
+    books = [d for d in _books(given.data) if d.meta.get("language", "English") == "English"]
+    pages = [*documents(given.data, "c4"), *documents(given.data, "stackexchange")]
+    # the same texts, of which half are said to be references: there is nothing to learn
+    halves = [[d for d in pages if planted.coin(d.id) == side] for side in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        scores, is_reference = _judged((books, pages), Path(folder) / "crawl")
+        blind, side = _judged(halves, Path(folder) / "blind")
+    n, what = f"{len(scores):,} pages of sites not seen", "planted references"
+    right = float(((scores >= 0.5) == is_reference).mean())
+    kept = scores >= references.THRESHOLD
+    detail = f"{n}; of others {kept[~is_reference].mean():.1%} would be kept"
+    yield Row(f"{what}, told from others", "the benchmark", right, 0.95, n)
+    yield Row(f"{what}, kept", "the benchmark", float(kept[is_reference].mean()), 0.95, detail)
+    guessed = [float(((blind >= 0.5) == side)[side == each].mean()) for each in (True, False)]
+    detail = f"{len(blind):,} pages of one kind; half is chance"
+    yield Row(
+        f"{what}, none to tell", "the benchmark", statistics.fmean(guessed), 0.6, detail, True
+    )
+
+
+def _judged(kinds: Sequence[Sequence[Document]], folder: Path) -> tuple[Any, Any]:
+    """(scores of the classifier learnt on a crawl, whether they are of references) of its test."""
+    crawl = planted.plant(kinds, folder)
+    with redirect_stdout(StringIO()):
+        learnt = train_models.train(
+            [crawl.wikipedia], [crawl.crawl], folder / "models", Executor(1), needs_all=False
+        )
+    if why := learnt["not_learnt"].get("references"):
+        raise Missing(f"more books and pages: {why}")
+    model = references.classifier(str(folder / "models"))
+    texts, is_reference = zip(*crawl.test, strict=True)
+    scores = [model.probability(text, references.LABEL) for text in texts]
+    return np.array(scores), np.array(is_reference)
+
+
 # -- rules and duplicates --------------------------------------------------------------------------
 
 
@@ -319,6 +359,7 @@ CHECKS = {
     "html": of_html,
     "language": of_language,
     "fluency": of_fluency,
+    "references": of_references,
     "c4": of_c4,
     "books": of_books,
 }

@@ -10,8 +10,10 @@ import pytest
 
 pytest.importorskip("resiliparse", reason="the extra corpus is not installed")
 
-from benchmarks import corpus_growth, corpus_quality, corpus_speed, dumps
+from benchmarks import corpus_growth, corpus_quality, corpus_speed, dumps, planted
 from llama.corpus.document import Document
+from llama.corpus.models.samples import address
+from llama.files import read_documents
 
 WORDS = [a + b + c for a in "bdfgklm" for b in "aeiou" for c in "nrst"]
 
@@ -126,3 +128,38 @@ def test_the_page_on_scale_adds_up_and_names_rows_that_exist() -> None:
         n, per_s, said = (float(x.split()[0].replace(",", "")) for x in (amount, rate, hours))
         assert amount.endswith(corpus_speed.STEPS[row][0]), what
         assert said == pytest.approx(n / per_s / 3600, abs=0.6), what
+
+
+@pytest.mark.slow
+def test_a_planted_crawl_is_learnt_and_chance_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    monkeypatch.setattr(corpus_quality.train_models, "MIN_REFERENCES", 50)
+    words = [prose(seed + i, 400).split() for i in range(2)]
+    rng = random.Random(seed)
+    kinds = [
+        [Document(f"{k}{i}", " ".join(rng.choices(words[k], k=6000)), "s", {}) for i in range(16)]
+        for k in (0, 1)
+    ]
+    scores, is_reference = corpus_quality._judged(kinds, tmp_path / "two")
+    assert len(scores) > 50 and ((scores >= 0.5) == is_reference).mean() > 0.9
+    halves = [kinds[0][::2], kinds[0][1::2]]
+    scores, is_reference = corpus_quality._judged(halves, tmp_path / "one")
+    assert abs(((scores >= 0.5) == is_reference).mean() - 0.5) < 0.35
+    with pytest.raises(dumps.Missing, match="pages that Wikipedia refers to"):
+        monkeypatch.undo()
+        corpus_quality._judged(kinds, tmp_path / "few")
+
+
+def test_wikipedia_refers_to_planted_pages_as_people_write(tmp_path: Path) -> None:
+    kinds = [[Document(f"{k}{i}", prose(i, 3000), "s", {}) for i in range(9)] for k in "ab"]
+    crawl = planted.plant(kinds, tmp_path)
+    read = [list(read_documents(f / "00000.jsonl.zst")) for f in (crawl.wikipedia, crawl.crawl)]
+    cited = {address(url) for each in read[0] for url in each["meta"]["references"]}
+    pages = {address(each["meta"]["url"]) for each in read[1]}
+    assert cited < pages and 0.3 < len(cited) / len(pages) < 0.7
+    kept_back = {text for text, _ in crawl.test}
+    assert kept_back and not kept_back & {each["text"] for each in read[1]}
+    assert planted.plant(kinds, tmp_path / "again").test == crawl.test

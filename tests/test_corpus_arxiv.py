@@ -39,6 +39,7 @@ def cleaned(body: str, preamble: str = "", **files: str) -> str:
             "\\begin{verbatim}\n% kept\n\\end{verbatim}",
         ),
         ("\\url{http://a.b/%20c} % d", "\\url{http://a.b/%20c} "),
+        ("\\href{http://a.b/%20c}{d} % e", "\\href{http://a.b/%20c}{d} "),
         ("% first\n% second\nx", "x"),
         ("", ""),
     ],
@@ -85,16 +86,67 @@ def test_inputs_come_in_their_place_and_order_and_from_the_project_only() -> Non
     assert circle == ("\\section{A}B", ("input in a circle",))
 
 
+def test_documents_of_their_own_that_are_input_end_nothing() -> None:
+    figure = "\\documentclass{standalone}\\begin{document}F\\end{document}"
+    chapter = "\\documentclass[../main]{subfiles}\n\\begin{document}\\section{C} c\\end{document}"
+    body = "\\section{A}\\input{f} a \\subfile{c} b"
+    assert cleaned(body, f=figure, c=chapter) == "\\section{A}F a \\section{C} c b"
+    assert cleaned("\\section{A}\\input{b} c", b="B\\endinput no") == "\\section{A}B c"
+    long = {"thesis.tex": paper("\\subfile{c}", "\\usepackage{subfiles}"), "c.tex": chapter * 9}
+    assert latex.find_main(long) == "thesis.tex"
+
+
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("a \\iffalse \\ifx x\\else y\\fi z \\fi b", "a  b"),
+        ("a \\iffalse b \\else c \\fi d", "a  c  d"),
+        ("a \\if0 b\\fi \\iff c", "a  \\iff c"),
+        ("\\ifx a\\else b\\fi c", "\\ifx a\\else b\\fi c"),
+        ("\\iffalse never ends", "\\iffalse never ends"),
+    ],
+)
+def test_what_is_never_typeset_is_a_comment(source: str, text: str) -> None:
+    assert cleaned(f"\\section{{A}}{source}") == f"\\section{{A}}{text}"
+
+
+def test_a_name_for_iffalse_hides_nothing() -> None:
+    text = cleaned("\\section{A} a \\ifdraft b\\fi c", "\\let\\ifdraft\\iffalse\\newif\\ifx")
+    assert text == "\\section{A} a \\ifdraft b\\fi c"
+
+
+def test_the_first_section_may_be_a_macro_of_the_authors() -> None:
+    text = cleaned("front \\sect{A} a \\subsection{B} b", "\\newcommand{\\sect}[1]{\\section{#1}}")
+    assert text == "\\section{A} a \\subsection{B} b"
+
+
+@pytest.mark.parametrize("name", ["references", "bibdiv", "biblist"])
+def test_bibliographies_of_other_packages(name: str) -> None:
+    listed = f"\\section{{A}}x\\begin{{{name}}} r \\end{{{name}}} y"
+    assert cleaned(listed) == "\\section{A}x y"
+
+
+def test_blanks_in_begin_document() -> None:
+    source = "\\documentclass{article}\n\\begin {document}\\section{A} a\\end {document} b"
+    assert (
+        latex.clean({"m.tex": source}, latex.find_main({"m.tex": source})).text == "\\section{A} a"
+    )
+
+
 @pytest.mark.parametrize(
     "definition, source, text",
     [
-        ("\\newcommand{\\x}{y}", "\\x, \\x{} and \\xy", "y, y{} and \\xy"),
+        ("\\newcommand{\\x}{y}", "\\x, \\x{} and \\xy", "y, y and \\xy"),
         (
             "\\newcommand\\x[2]{(#2|#1)}",
             "\\x{a}{b} \\x a b \\x\\alpha{c}",
             "(b|a) (b|a) (c|\\alpha)",
         ),
         ("\\newcommand{\\x}[2][d]{#1#2}", "\\x{a} \\x[o]{a}", "da oa"),
+        ("\\newcommand{\\x}[2][{[d]}]{#1#2}", "\\x{a} \\x[{]}]{b}", "{[d]}a {]}b"),
+        ("\\newcommand{\\x}{CDM\\xspace}", "\\x is \\x.", "CDM is CDM."),
+        ("\\let\\x=\\alpha \\let\\y\\relax", "\\x b \\y", "\\alpha b \\y"),
+        ("\\def\\x #1{<#1>}", "\\x{a}", "<a>"),
         ("\\def\\x#1{<#1>}", "\\x{a{b}c}", "<a{b}c>"),
         ("\\renewcommand*{\\x}[1]{\\y{#1}}\\newcommand\\y[1]{#1#1}", "\\x{\\x{a}}", "aaaa"),
         (
@@ -266,3 +318,17 @@ def test_real_papers(tmp_path: Path) -> None:
     assert total["dropped"] == {"id_duplicate": 8}
     for text in documents.values():
         assert "\\documentclass" not in text and "\\begin{thebibliography}" not in text
+
+
+@pytest.mark.parametrize(
+    "name, id",
+    [
+        ("2301.00001.gz", "2301.00001"),
+        ("x/arXiv-2301.00001v12.tar.gz", "2301.00001"),
+        ("hep-th9901001.gz", "hep-th/9901001"),
+        ("arXiv-math-0101001v1.tar.gz", "math/0101001"),
+        ("my_paper-2.tex", "my_paper-2"),
+    ],
+)
+def test_the_id_is_that_of_arxiv(name: str, id: str) -> None:
+    assert arxiv.paper_id(name) == id

@@ -58,6 +58,16 @@ STORY = "CHAPTER I\n\nIt began in the usual way.\n\n" + "And so it went on.\n" *
             "Fin de Project Gutenberg's A Story, par A. B.",
         ),
         (
+            "Title: A Story\nAuthor: A. B.\nLanguage: English\n\n"
+            "*** START OF THIS PROJECT GUTENBERG EBOOK A STORY ***\n\nProduit par G. H.",
+            "Fin du Projet Gutenberg A Story",
+        ),
+        (
+            "Project Gutenberg Australia\nTitle: A Story\nAuthor: A. B.\nLanguage: English\n\n"
+            "To contact Project Gutenberg of Australia go to http://gutenberg.net.au",
+            "This site is full of FREE ebooks - Project Gutenberg Australia",
+        ),
+        (
             "Titel: A Story\nAutor: A. B.\nSprache: English\n"
             "*END*THE SMALL PRINT! FOR PUBLIC DOMAIN ETEXTS*Ver.04.29.93*END*",
             "Ende dieses Etextes A Story",

@@ -137,6 +137,8 @@ def test_a_site_is_the_same_from_one_spool_file_or_many(tmp_path: Path, monkeypa
         ("a <unclosed", "a <unclosed"),
         ("", ""),
         ("<h1>Title</h1>text", "Title\ntext"),
+        ("<table><tr><th>a</th><th>b</th></tr><tr><td>1</td><td>2</td></tr></table>", "a\tb\n1\t2"),
+        ('<img alt="a > b" src="c>d">e<a title="f">g</a>', "eg"),
     ],
 )
 def test_tags_go_and_white_space_stays(markup: str, text: str) -> None:

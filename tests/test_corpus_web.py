@@ -86,6 +86,19 @@ def test_each_reason(given, reason) -> None:
         web.payload(given, 1 << 20)
 
 
+@pytest.mark.parametrize(
+    "body, header",
+    [
+        (HTML, "Content-Encoding: ISO-8859-1"),
+        (HTML, "Content-Encoding: aws-chunked"),
+        (gzip.compress(HTML), "X-Nothing: said"),
+        (HTML, "Content-Type: text/html, text/html; charset=utf-8"),
+    ],
+)
+def test_bytes_are_believed_before_headers(body, header) -> None:
+    assert web.payload(response(body, header), 1 << 20)[0] == HTML
+
+
 def test_html_without_a_type_and_the_type_that_the_crawler_found() -> None:
     assert web.payload(response(HTML, "X-Type: "), 1 << 20)[0] == HTML
     for kind in ("text/html", "application/xhtml+xml"):

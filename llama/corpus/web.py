@@ -51,13 +51,16 @@ def payload(response: bytes, max_bytes: int, found_type: str = "") -> tuple[byte
     if "chunked" in headers.get("transfer-encoding", "").lower():
         content, is_whole = _dechunked(content)
         odd += [] if is_whole else ["transfer encoding is not as said"]
-    for coding in reversed(headers.get("content-encoding", "").lower().split(",")):
+    codings = headers.get("content-encoding", "").lower()
+    if not codings and content.startswith(b"\x1f\x8b\x08"):
+        codings = "gzip"
+    for coding in reversed(codings.split(",")):
         content, is_whole = _decoded(content, coding.strip(), max_bytes)
         odd += [] if is_whole else ["content encoding is not as said"]
     if len(content) > max_bytes:
         raise Refused("too_large")
     kind = headers.get("content-type", "")
-    media_type = (found_type or kind).partition(";")[0].strip().lower()
+    media_type = re.split("[;,]", found_type or kind)[0].strip().lower()
     if media_type not in _HTML_TYPES and (media_type or not _HTML.search(content, 0, _HEAD_BYTES)):
         raise Refused("not_html")
     charset = _CHARSET.search(kind)
@@ -85,6 +88,8 @@ def _decoded(data: bytes, coding: str, max_bytes: int) -> tuple[bytes, bool]:
             return data, False
         return found, unpacker.is_finished() or len(found) > max_bytes
     if coding not in ("gzip", "x-gzip", "deflate"):
+        if _HTML.search(data, 0, _HEAD_BYTES):
+            return data, False
         raise Refused("content_encoding")
     # zlib's or gzip's header, or with deflate often none
     for bits in (47, -15) if coding == "deflate" else (47,):

@@ -29,7 +29,10 @@ from llama.corpus.steps import latex, text
 from llama.corpus.steps.exact import Exact
 
 _TEX = (".tex", ".ltx", ".latex", ".sty", ".cls")
-_OLD_ID = re.compile(r"([a-z]+(?:-[a-z]+)?)(\d{7})$")
+# As they are called in bulk, and what a browser saves: arXiv-2301.00001v2.
+_ID = re.compile(
+    r"(?:arxiv[-_.:]?)?(?:(\d{4}\.\d{4,5})|([a-z]+(?:-[a-z]+)?)[-_/.]?(\d{7}))(?:v\d+)?", re.I
+)
 _INPUTENC = re.compile(rb"\\usepackage\[(\w+)\]\{inputenc\}")
 _CODECS = {"latin2": "iso8859-2", "latin9": "iso8859-15", "cp1250": "cp1250", "koi8-r": "koi8-r"}
 _CODECS |= {"cp1251": "cp1251", "applemac": "mac-roman", "latin5": "iso8859-9"}
@@ -113,8 +116,8 @@ def _paper(options: Options, name: str, data: bytes) -> Iterator[Item]:
 def paper_id(name: str) -> str:
     """arXiv's number by the file's name: 2301.00001, or hep-th/9901001 for an old one."""
     stem = re.sub(r"\.(?:tar\.gz|tar|gz|tex)$", "", posixpath.basename(name))
-    old = _OLD_ID.match(stem)
-    return f"{old[1]}/{old[2]}" if old else stem
+    found = _ID.fullmatch(stem)
+    return (found[1] or f"{found[2]}/{found[3]}") if found else stem
 
 
 class _TooLarge(ValueError):

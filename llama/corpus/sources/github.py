@@ -47,8 +47,8 @@ _OPEN[b"(\xb5"] = zstandard.open
 _BY_PATH = re.compile(
     r"(?:.*/)?(?:(?P<lock_file>[^/]*[-.]lock(?:\.[^/]*)?|go\.sum|npm-shrinkwrap\.json)"
     r"|(?P<vendored>(?:node_modules|bower_components|_?vendor(?:ed|s)?|third[-_]?party"
-    r"|3rd[-_]?party|extern(?:al)?s?|site-packages|godeps)/.*)"
-    r"|(?P<minified>[^/]*[-.]min\.(?:js|css)))",
+    r"|3rd[-_]?party|extern(?:al)?s?|site-packages|(?:go)?deps|pods|carthage)/.*)"
+    r"|(?P<minified>[^/]*[-.](?:min|bundle)\.(?:js|css)))",
     re.IGNORECASE | re.DOTALL,
 )
 _MAX_PATH = 4096

@@ -37,6 +37,7 @@ _ROW = re.compile(r"""<row\b((?:[^<>"']++|"[^"]*+"|'[^']*+')*+)>""")
 _ATTRIBUTE = re.compile(r"""(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
 # What may follow "<" in a tag; anything else is a character of the text.
 _TAG = re.compile(r"[a-zA-Z/!?]")
+_VALUE = re.compile(r'[^"]*"(?:[^>"]|"[^"]*")*>')
 _BREAKS = set("br p li ul ol tr table h1 h2 h3 h4 h5 h6 div blockquote pre hr dd dt".split())
 
 
@@ -120,7 +121,7 @@ def read(options: Options, piece: Piece) -> Iterator[Item]:
 
         def take(found: Iterable[dict[str, str] | Dropped]) -> None:
             for row in found:
-                post = row if isinstance(row, Dropped) else _post(row, piece.name)
+                post = row if isinstance(row, Dropped) else _post(row, site_of(piece))
                 if isinstance(post, Dropped):
                     aside.append(post)
                 else:
@@ -226,21 +227,21 @@ def _unescape(value: str) -> str:
     return value.replace("&apos;", "'").replace("&amp;", "&")
 
 
-def _post(row: dict[str, str], name: str) -> dict[str, Any] | Dropped:
+def _post(row: dict[str, str], site: str) -> dict[str, Any] | Dropped:
     """What of a row is needed to join it, its text without HTML."""
     body = row.get("Body", "")
     size = len(body.encode("utf-8", "replace"))
     try:
         id, kind = int(row["Id"]), int(row.get("PostTypeId", 0))
         if kind not in (_QUESTION, _ANSWER):
-            return Dropped(f"{name}:{id}", "post_type", size)
+            return Dropped(f"{site}:{id}", "post_type", size)
         question = id if kind == _QUESTION else int(row.get("ParentId", 0))
         score = int(row.get("Score") or 0)
     except (KeyError, ValueError) as error:
-        return Dropped(f"{name}:{row.get('Id', '')}", "xml", size, f"no number: {error}")
+        return Dropped(f"{site}:{row.get('Id', '')}", "xml", size, f"no number: {error}")
     content = strip_tags(body).strip()
     if not content:
-        return Dropped(f"{name}:{id}", "no_body", size)
+        return Dropped(f"{site}:{id}", "no_body", size)
     more = {k: row[k] for k in ("Title", "Tags", "CreationDate", "ContentLicense") if k in row}
     post = {"question": question, "kind": kind, "id": id, "score": score, "text": content}
     return post | more
@@ -289,11 +290,16 @@ def strip_tags(markup: str) -> str:
             in_comment = not end
         elif _TAG.match(piece) and ">" in piece:
             tag, _, rest = piece.partition(">")
+            if tag.count('"') % 2 and (value := _VALUE.match(rest)):
+                # in quotes ">" is a character
+                rest = rest[value.end() :]
             name = tag.strip("/").partition(" ")[0].lower()
             if name in _BREAKS:
                 lead = "" if at_line_start else "\n"
                 lead += "* " if name == "li" and tag[0] != "/" else ""
                 in_code = tag[0] != "/" if name == "pre" else in_code
+            elif name in ("td", "th") and tag[0] != "/":
+                lead = "" if at_line_start else "\t"
         else:
             rest = "<" + piece
         if not in_code and rest.isspace() and "\n" in rest:

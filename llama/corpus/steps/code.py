@@ -39,6 +39,8 @@ _GENERATED = re.compile(
     rf"^[ \t]*(?:#|//|/?\*|--|;|%|<!--|dnl|\"\"\"|''').{{0,100}}?(?:{_ANY['generated']})",
     re.MULTILINE,
 )
+# One of these is in the head of all that are found so.
+_SUSPECT = ("generated", "do not", "made by gnu bison")
 _MAYBE_NOTICE = re.compile(_ANY["maybe_notice"], re.IGNORECASE)
 _NOTICE, _TERMS, _MODE_LINE = (re.compile(_ANY[n]) for n in ("notice", "terms", "mode_line"))
 _LONGER = "distribut|free|permi|condition|under|terms"
@@ -63,7 +65,7 @@ def clean(documents: Iterator[Document], allowed: Collection[str]) -> Iterator[I
         text, notices = without_header(document.text, document.meta["language"])
         verdict = judge([read_text(notices)], allowed) if notices else None
         longest, mean, share = measure(text)
-        if ("generated" in head or "do not" in head) and _GENERATED.search(head):
+        if any(map(head.__contains__, _SUSPECT)) and _GENERATED.search(head):
             yield document.dropped("generated")
         elif verdict and verdict[1]:
             yield document.dropped(f"file_{verdict[1]}")

@@ -18,11 +18,22 @@ MAX_DEPTH, MAX_INPUTS = 32, 1000
 MAX_GROWTH, FREE_GROWTH = 10, 1_000_000
 
 _VERBATIM = re.compile(r"\\begin\{(verbatim\*?|lstlisting|Verbatim|minted|filecontents\*?)\}")
-_HIDDEN = re.compile(r"\\begin\{comment\}|\\iffalse\b")
-_REFERENCES = re.compile(r"\\begin\{thebibliography\}")
+_HIDDEN = re.compile(r"\\begin\{comment\}")
+_REFERENCES = re.compile(r"\\begin\{(?:thebibliography|references|bibdiv|biblist)\}")
+# \iff is a sign, \ifthenelse takes arguments; to give one a name asks nothing.
+_CONDITION = re.compile(
+    r"\\newif\s*\\[a-zA-Z@]+|\\let\s*\\[a-zA-Z@]+\s*+=?\s*\\[a-zA-Z@]+|\\(?:(?P<hides>iffalse|if0)"
+    r"(?![a-zA-Z@])|(?P<asks>if)(?!f(?![a-zA-Z@])|thenelse)|(?P<ends>else|fi)(?![a-zA-Z@]))"
+)
+_CLASS = re.compile(
+    r"^[^%\n]*\\document(?:class|style)\b\s*(?:\[[^\[\]]*\])?\s*(?:\{\s*(\w*))?", re.MULTILINE
+)
+# Files with a preamble of their own that are made to be read by others.
+_PARTS = ("standalone", "subfiles")
+_BEGIN, _END = (re.compile(rf"\\{what}\s*\{{document\}}") for what in ("begin", "end"))
 # What a percent sign does not begin a comment in, or a comment with the line end that it eats.
 _COMMENT = re.compile(
-    r"\\verb\*?([^\sa-zA-Z*])[^\n]*?\1|\\url\{[^{}\n]*\}|\\[\\%]"
+    r"\\verb\*?([^\sa-zA-Z*])[^\n]*?\1|\\(?:url|href|path|nolinkurl)\s*\{[^{}\n]*\}|\\[\\%]"
     r"|(?P<line>(?:(?<=\n)|^)[ \t]*%[^\n]*(?:\n|$))|(?P<rest>%[^\n]*)"
 )
 _INPUT = re.compile(
@@ -38,9 +49,13 @@ _BIBLIOGRAPHY = re.compile(
 )
 _DEFINES = re.compile(
     r"\\(?:(?:re)?newcommand|providecommand|DeclareRobustCommand)\b\*?\s*(?:\{\s*\\([a-zA-Z@]+|.)\s*\}|\\([a-zA-Z@]+|.))"
-    r"\s*(?:\[(\d)\])?\s*(?:\[([^\[\]]*)\])?\s*(?=\{)"
+    r"\s*+(?:\[(\d)\])?\s*+(?:\[((?:[^\[\]{}]|\{[^{}]*\})*+)\])?\s*(?=\{)"
     r"|\\DeclareMathOperator\*?\s*\{?\s*\\([a-zA-Z@]+)\s*\}?\s*(?=\{)"
-    r"|\\(?:long\s*)?[egx]?def\s*\\([a-zA-Z@]+|.)((?:#\d)*)\s*(?=\{)"
+    r"|\\(?:long\s*)?[egx]?def\s*\\([a-zA-Z@]+|.)\s*+((?:#\d)*+)\s*(?=\{)"
+)
+# What is \relax by another name is taken away, not meant.
+_ALIAS = re.compile(
+    r"\\let\s*\\([a-zA-Z]+)\s*+=?\s*+(?!\\(?:relax|undefined|empty|if|fi)|\\[a-zA-Z]*@)(\\[a-zA-Z]+)"
 )
 _CALL = re.compile(r"\\([a-zA-Z@]+|[^a-zA-Z@])")
 _INTERNAL = re.compile(r"\\[a-zA-Z]*@|\\(?:csname|expandafter|futurelet|if[a-z]*)\b")
@@ -68,21 +83,19 @@ def clean(files: Mapping[str, str], main: str) -> Paper:
     """The text of the project whose main file is `main`."""
     notes: set[str] = set()
     whole = "".join(_inputs(files, main, notes))
-    whole = "".join(text for text, block in _blocks(whole, _HIDDEN) if not block)
-    preamble, begin, body = whole.partition(r"\begin{document}")
-    body = body if begin else whole
-    body = body.partition(r"\end{document}")[0]
+    whole = _without_false("".join(text for text, block in _blocks(whole, _HIDDEN) if not block))
+    preamble, body = _halves(whole)
     styles = (without_comments(t) for name, t in files.items() if name.endswith((".sty", ".cls")))
     macros: dict[str, Macro] = {}
-    for source in (*styles, preamble if begin else ""):
+    for source in (*styles, preamble):
         _, found = definitions(source)
         macros.update(found)
     body, found = definitions(body)
     macros.update(found)
-    body = _BIBLIOGRAPHY.sub("", _from_first_section(body, notes))
+    body = _BIBLIOGRAPHY.sub("", _from_first_section(body, macros, notes))
     body = "".join(text for text, block in _blocks(body, _REFERENCES) if not block)
     # one that never ends: nothing follows it
-    body = body.partition(r"\begin{thebibliography}")[0]
+    body = _REFERENCES.split(body, maxsplit=1)[0]
     expander = _Expander(macros, MAX_GROWTH * len(body) + FREE_GROWTH)
     text = expander.expand(body)
     if expander.stopped:
@@ -96,14 +109,41 @@ def find_main(files: Mapping[str, str]) -> str | None:
     for name, text in files.items():
         if not name.endswith((".tex", ".ltx", ".latex")):
             continue
-        begins = re.search(r"^[^%\n]*\\document(?:class|style)\b", text, re.MULTILINE)
-        if r"\begin{document}" in text or begins:
+        declared, begins = _CLASS.search(text), bool(_BEGIN.search(text))
+        if begins or declared:
             stem = posixpath.basename(name).rpartition(".")[0].lower()
             likely = stem in ("main", "ms", "paper", "article", "manuscript", "root")
-            declared = text[begins.start() : begins.end() + 80] if begins else ""
-            whole = bool(begins) and r"\begin{document}" in text
-            found.append(("standalone" not in declared, whole, likely, len(text), name))
+            is_part = declared is not None and declared[1] in _PARTS
+            found.append((not is_part, bool(declared) and begins, likely, len(text), name))
     return max(found)[-1] if found else None
+
+
+def _halves(source: str) -> tuple[str, str]:
+    """(preamble, body) of a file; one that does not begin a document has no preamble."""
+    begin = _BEGIN.search(source)
+    body = source[begin.end() :] if begin else source
+    return source[: begin.start()] if begin else "", _END.split(body, maxsplit=1)[0]
+
+
+def _without_false(source: str) -> str:
+    """Without what \\iffalse and \\if0 hide, up to their own \\fi or \\else."""
+    # what is open: whether it hides text, and from where on
+    opened: list[tuple[bool, int]] = []
+    hidden: list[tuple[int, int]] = []
+    for match in _CONDITION.finditer(source):
+        if match["hides"] or match["asks"]:
+            opened.append((bool(match["hides"]), match.start()))
+        elif match["ends"] and opened:
+            hides, start = opened.pop()
+            if hides:
+                hidden.append((match.start() if start < 0 else start, match.end()))
+            if match["ends"] == "else":
+                opened.append((hides, -1))
+    kept, at = [], 0
+    for start, end in sorted(hidden):
+        kept.append(source[at : max(at, start)])
+        at = max(at, end)
+    return "".join([*kept, source[at:]])
 
 
 def without_comments(source: str) -> str:
@@ -157,7 +197,13 @@ def _inputs(files: Mapping[str, str], main: str, notes: set[str]) -> Iterator[st
         elif any(found == open_name for open_name, _, _ in stack) or n > MAX_INPUTS:
             notes.add("input in a circle")
         else:
-            stack.append((found, without_comments(files[found]), 0))
+            stack.append((found, _part(files[found]), 0))
+
+
+def _part(source: str) -> str:
+    """What another file reads of this one: of a document of its own the body."""
+    text = without_comments(source).partition(r"\endinput")[0]
+    return _halves(text)[1] if _BEGIN.search(text) and _END.search(text) else text
 
 
 def _look_up(files: Mapping[str, str], wanted: str, folder: str) -> str | None:
@@ -169,8 +215,10 @@ def _look_up(files: Mapping[str, str], wanted: str, folder: str) -> str | None:
     return None
 
 
-def _from_first_section(body: str, notes: set[str]) -> str:
-    if match := _SECTION.search(body):
+def _from_first_section(body: str, macros: Mapping[str, Macro], notes: set[str]) -> str:
+    own = [name for name, macro in macros.items() if _SECTION.search(macro.body)]
+    calls = "|".join([_SECTION.pattern, *(rf"\\{re.escape(x)}(?![a-zA-Z@])" for x in own)])
+    if match := re.search(calls, body):
         return body[match.start() :]
     # letters have none: what follows the abstract or the title
     notes.add("no section")
@@ -197,7 +245,7 @@ def definitions(source: str) -> tuple[str, dict[str, Macro]]:
     """
     closes = matching(source)
     kept: list[str] = []
-    macros: dict[str, Macro] = {}
+    macros = {name: Macro(0, None, body) for name, body in _ALIAS.findall(source)}
     at = 0
     for match in _DEFINES.finditer(source):
         end = closes.get(match.end())
@@ -209,6 +257,8 @@ def definitions(source: str) -> tuple[str, dict[str, Macro]]:
             continue
         if match[5]:
             body = rf"\operatorname{{{body}}}"
+        # it only asks for a space where there is one
+        body = re.sub(r"\\xspace(?![a-zA-Z@])\s*", "", body)
         arguments = len(match[7]) // 2 if match[7] is not None else int(match[3] or 0)
         macros[name] = Macro(arguments, match[4], body)
         kept.append(source[at : match.start()])
@@ -256,7 +306,8 @@ class _Expander:
             # \alpha x must not become \alphax
             if match[1].isalpha() and re.search(r"\\[a-zA-Z@]+$", expanded[-40:]):
                 out.append(" " if text[end : end + 1].isalpha() else "")
-            at = end
+            # {} behind a name only ends it
+            at = end + 2 * (not macro.arguments and text.startswith("{}", end))
         out.append(text[at:])
         return "".join(out)
 
@@ -269,6 +320,14 @@ def _filled(body: str, arguments: list[str]) -> str:
     return _PARAMETER.sub(argument, body) if "#" in body else body
 
 
+def _bracket(text: str, at: int, closes: Mapping[int, int]) -> int:
+    """Where the optional argument that begins at a place ends, or -1; braces may hold brackets."""
+    end = at + 1 if text.startswith("[", at) else len(text)
+    while end < len(text) and end <= at + 1000 and text[end] != "]":
+        end = closes.get(end, end) + 1
+    return end if text.startswith("]", end) else -1
+
+
 def _arguments(
     text: str, at: int, macro: Macro, closes: Mapping[int, int]
 ) -> tuple[list[str], int] | None:
@@ -278,7 +337,7 @@ def _arguments(
         while text[at : at + 1].isspace():
             at += 1
         if number == 0 and macro.default is not None:
-            end = text.find("]", at, at + 1000) if text[at : at + 1] == "[" else -1
+            end = _bracket(text, at, closes)
             found.append(macro.default if end < 0 else text[at + 1 : end])
             at = at if end < 0 else end + 1
             continue

@@ -44,6 +44,9 @@ _LIST = re.compile(r"^[ \t]*(?:-{4,})?[*#;:]*[ \t]*")
 # What templates leave of (pronunciation; dates): nothing, or a bracket before the dates.
 _EMPTY = re.compile(f"( ?\\()[ ,;:]*{_GONE}[ ,;:{_GONE}]*(\\)?)")
 _SPACES = re.compile("  +")
+_NOWIKI = re.compile("</?nowiki */?>")
+# An apostrophe behind something in italics: the ''Titanic'''s crew.
+_POSSESSIVE = re.compile(r"(?<!')''([^'\n]++)(?<=[\w\])])'''(?=s\b(?!'''))")
 _SWITCH = re.compile(r"__\w{3,40}?__")
 _INTERWIKI = re.compile(r"(?:[a-z]{2,3}|simple|[a-z]{2,3}-[a-z-]{2,})$")
 _VARIANT = re.compile(r"(?:^|;)\s*[a-z]{2,3}(?:-[a-z]+)*\s*:\s*([^;]*)")
@@ -59,6 +62,7 @@ def plain_text(
     source: str, files: Collection[str] = FILES, categories: Collection[str] = CATEGORIES
 ) -> str:
     """Text of a page; `files` and `categories` are names of those namespaces in lower case."""
+    source = _POSSESSIVE.sub(r"\1'", source) if "'''s" in source else source
     scanner = _Scanner(source, frozenset(files) | FILES, frozenset(categories) | CATEGORIES)
     return _lines(scanner.text())
 
@@ -194,6 +198,8 @@ class _Scanner:
             end = self._find(f"</{match[1]}", match.end())
             if end >= 0:
                 content = self.source[match.end() : end]
+                if name == "code" and "<nowiki" in content:
+                    content = _NOWIKI.sub("", content)
                 if name in _BLOCKS:
                     content = "\n" + content.strip("\n")
                     content = content.replace("\n", "\n" + _CODE) + "\n"
