@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_data import make_sources
+from made_data import make_source, make_sources, random_documents
 from made_runs import ENV, OPTIONS, ROOT, VOCABULARY, call, rows
 
 from llama.data import shards
@@ -36,7 +36,7 @@ class Watched:
     options: dict[str, Any]
     starts: int = 0
 
-    def start(self, size: int, faults: str = "", **more: Any) -> str:
+    def start(self, size: int, faults: str = "", expect: int = 0, **more: Any) -> str:
         options = OPTIONS | {"name": "watched"} | self.options | more
         words = [f"--{key}={value}" for key, value in options.items()]
         launch, self.starts = [sys.executable], self.starts + 1
@@ -50,8 +50,8 @@ class Watched:
             text=True,
         )
         said = done.stdout + done.stderr
-        killed = (-signal.SIGKILL, 1) if faults else (0,)
-        assert done.returncode in killed and ("FAULT" in said) == bool(faults), said
+        codes = (-signal.SIGKILL, 1) if faults else (expect,)
+        assert done.returncode in codes and ("FAULT" in said) == bool(faults), said
         return said
 
     def trained(self, batch_windows: dict[int, int]) -> dict[int, Counter[Visit]]:
@@ -162,11 +162,11 @@ def test_worlds_kills_and_epochs_cost_no_token(tmp_path: Path, rng: random.Rando
 
 @pytest.mark.full
 def test_changes_that_were_accepted_are_in_the_ledger(tmp_path: Path, rng, score) -> None:
-    """Another mixture, another batch, then another window length and other shards."""
+    """Another mixture and another batch, then other shards of one source."""
     run = make(tmp_path, rng, 12)
     run.start(1)
     before, _, _ = check(run)
-    run.options |= {"checkpoint.accept_changes": "true", "train.tokens": 256 * 12 + 512 * 12}
+    run.options |= {"checkpoint.accept_changes": "true", "train.tokens": 512 * 24}
     run.options |= {"train.batch_tokens": 512, "data.mixture": '{"code": 0.2, "mail": 0.8}'}
     run.start(1, f"step.begun:step={rng.randint(17, 20)},action=kill")
     run.start(2)
@@ -179,3 +179,16 @@ def test_changes_that_were_accepted_are_in_the_ledger(tmp_path: Path, rng, score
         assert abs(late[name] - share * sum(late.values())) < LENGTH
     score("ledger.tokens", tokens, f">= {256 * 60}")
     score("ledger.off", abs(tokens - rows(run.place / "runs/watched")[-1]["tokens"]), "0")
+    # other shards: refused, and where they are accepted a new epoch of theirs begins
+    documents = random_documents(rng, "code", 40, pieces=300)
+    make_source(tmp_path / "tokens/code", [documents], VOCABULARY)
+    run.options |= {"checkpoint.accept_changes": "false"}
+    said = run.start(1, expect=2)
+    assert "error: the shards of code in tokens are not those of" in said
+    more = {"checkpoint.accept_changes": "true", "train.tokens": 512 * 30}
+    assert "code starts a new epoch: " in run.start(1, **more)
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "runs/watched"))
+    later = Order(state["config"]["seed"], from_json(state["segments"]))
+    assert state["step"] == 30 and later.segments[-1].first_step == 24
+    assert later.source_tokens(24) == order.source_tokens(24)
+    assert later.tokens(30) == tokens + 6 * 512
