@@ -17,14 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 from made_data import tree
-from made_runs import make_workspace, rows, train_here
+from made_runs import make_workspace, rows, train_here, words
 from made_saves import loaded, plain
 from test_repo import ROOT
 
-from llama import faults, files
+import train
+from llama import config, faults, files
 from llama.cli import UserError
 from llama.corpus import runner
 from llama.runtime import checkpoint, folder, world
+from llama.runtime.state import resume
 
 pytestmark = pytest.mark.faults
 PASSING = ["eio", "estale", "erofs", "etimedout", "enotconn"]
@@ -262,6 +264,25 @@ def test_a_checkpoint_of_a_released_format_is_gone_on_from(
     losses = [row["loss"] for row in rows(Path("runs/golden"))]
     # another machine adds up in another order
     assert losses == pytest.approx(expected["losses"], rel=1e-5)
+
+
+def test_changed_values_of_the_optimizer_win_over_saved_ones(tmp_path: Path, monkeypatch) -> None:
+    """Whoever lowers beta2 after a spike must not train on with the old one."""
+    with tarfile.open(OLD) as tar:
+        tar.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    changes = {"optim.betas": "[0.8, 0.9]", "optim.weight_decay": 0.3, "optim.lr": 0.5}
+    options = json.loads(Path("expected.json").read_text())["options"] | changes
+    cfg = config.load(words("golden", options | {"checkpoint.accept_changes": "true"}))
+    with group() as alone:
+        state = train.build(cfg, alone, Path("runs/golden"))
+        assert resume(state) and state.step == 4
+        train.step(state, *train.loader.Loader(state.sources, state.order).batch(4, 0, 4))
+        groups = state.optimizer.param_groups
+        assert {tuple(g["betas"]) for g in groups} == {(0.8, 0.9)}
+        assert {g["weight_decay"] for g in groups} == {0.3, 0.0}
+        expected = train.optim.learning_rate(cfg.optim, 4, state.steps)
+        assert all(float(g["lr"]) == pytest.approx(expected) for g in groups) and expected > 0.1
 
 
 # -- of somebody else ------------------------------------------------------------------------------
