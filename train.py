@@ -316,7 +316,10 @@ def loop(state: State, watch: Watch) -> None:
     watch.beat("saving")
     state.saver.finish()
     if (saved != state.step or state.saver.problem) and not save(state):
-        raise OSError(f"the last checkpoint, of step {state.step}, could not be written")
+        raise UserError(
+            f"the last checkpoint, of step {state.step}, could not be written "
+            f"({state.saver.problem}): mend that, the same command goes on from the newest"
+        )
     watch.beat("ending")
     reader.close()
     if log:

@@ -31,6 +31,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER
+    except PermissionError as error:
+        # somebody else's folder; what no file is named in is a bug of ours
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}, for this user", file=sys.stderr)
+        code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -7,6 +7,7 @@ the third time only; `chance=0.1` and `seed=7` at random; `seconds` ends a hang;
 what the point says of itself (`step`, a file's `name`, `rank`, `attempt` of torchrun).
 """
 
+import ctypes
 import errno
 import fnmatch
 import os
@@ -29,7 +30,8 @@ _PLACES = {
     " protected trashed pruned",
 }
 POINTS = [f"{place}.{done}" for place, words in _PLACES.items() for done in words.split()]
-ACTIONS = ("kill", "raise", "hang", "flip", "nan", "spike")
+# hold: a hang that lets no other thread of Python run
+ACTIONS = ("kill", "raise", "hang", "hold", "flip", "nan", "spike")
 
 
 class Fault(RuntimeError):
@@ -77,6 +79,8 @@ class _Armed:
             raise Fault(f"planted at {self.point}")
         elif self.action == "hang":
             time.sleep(self.seconds)
+        elif self.action == "hold":
+            ctypes.PyDLL(None).sleep(int(self.seconds))
         else:
             self.spoil(value)
 

@@ -5,18 +5,20 @@ download must never leave something that looks complete. A plain zstd or gzip re
 part of a truncated file without a word; the readers here fail and name the file and the byte.
 """
 
+import errno
 import gzip
 import hashlib
 import os
 import platform
 import re
 import shutil
+import time
 import uuid
 import zlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import orjson
 import yaml
@@ -34,6 +36,10 @@ ZSTD_MAX_WINDOW_BYTES = 1 << 27
 DOCUMENT_SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl")
 # What a corpus run keeps beside its documents, in the same formats.
 NO_DOCUMENTS = ("journal.jsonl", "quarantine.jsonl.zst")
+# What a shared disk says while its server restarts, or it is mounted again.
+PASSING = (errno.EIO, errno.ESTALE, errno.EROFS, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN)
+RETRY_AFTER_S = (0.5, 2.0, 8.0)
+T = TypeVar("T")
 
 
 def sha256(path: str | Path) -> str:
@@ -57,6 +63,22 @@ def free_bytes(path: str | Path) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def retried(action: Callable[[], T]) -> T:
+    """What `action` returns; it is done again after an error of the disk that may pass.
+
+    It must begin from the beginning each time: an fsync that has failed once succeeds the second
+    time although the data is lost.
+    """
+    for pause_s in RETRY_AFTER_S:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(pause_s)
+    return action()
 
 
 @contextmanager
@@ -83,9 +105,13 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replace `path` by `data` in one rename."""
-    with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+    """Replace `path` by `data` in one rename, trying again where the disk is away for a moment."""
+
+    def write() -> None:
+        with atomic_file(path) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+    retried(write)
 
 
 @contextmanager

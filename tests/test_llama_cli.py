@@ -94,8 +94,12 @@ def test_exit_codes() -> None:
     assert (user.returncode, user.stderr) == (2, "error: data/x is empty\n")
     assert _exit("return None").returncode == 0
     assert _exit("return 75").returncode == 75
-    bug = _exit("raise ValueError('a bug')")
-    assert bug.returncode == 1 and "Traceback" in bug.stderr
+    theirs = _exit("raise PermissionError(13, 'Permission denied', 'data/x')")
+    assert theirs.returncode == 2
+    assert theirs.stderr == "error: data/x: Permission denied, for this user\n"
+    for error in ("ValueError('a bug')", "PermissionError(1, 'Operation not permitted')"):
+        bug = _exit(f"raise {error}")
+        assert bug.returncode == 1 and "Traceback" in bug.stderr
 
 
 def test_progress_prints_plain_lines_off_a_terminal(capsys) -> None:

@@ -94,7 +94,10 @@ def test_a_hang_ends_and_a_flip_changes_one_bit(monkeypatch, rng) -> None:
     "text, said",
     [
         ("ckpt.hash:action=kill", "'ckpt.hash' is no point of start.joined"),
-        ("ckpt.hashed:action=explode", "is 'explode', expected one of kill raise hang flip nan"),
+        (
+            "ckpt.hashed:action=explode",
+            "is 'explode', expected one of kill raise hang hold flip nan",
+        ),
         ("ckpt.hashed", "the action of ckpt.hashed is ''"),
         ("ckpt.hashed:action=kill,hit=soon", "could not convert string to float: 'soon'"),
     ],
@@ -115,6 +118,7 @@ def test_signals(action: str, number: int) -> None:
 
 def test_an_atomic_file_struck_anywhere_is_old_or_new(monkeypatch, tmp_path: Path) -> None:
     path = tmp_path / "file"
+    monkeypatch.setattr(files, "RETRY_AFTER_S", ())
     for number, point in enumerate(p for p in faults.POINTS if p.startswith("file.")):
         before = path.read_bytes() if path.exists() else None
         _arm(monkeypatch, f"{point}:name=file,action=eio")

@@ -164,17 +164,6 @@ def test_a_terminal_on_a_full_disk_ends_nothing(place: Path) -> None:
     assert f" {STEPS}/{STEPS} " in (Path("runs/mute") / "train.log").read_text()
 
 
-def test_a_full_disk_at_the_end_of_the_record_is_not_fatal(tmp_path: Path, capsys) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    log = metrics.Metrics(tmp_path, LogConfig(), 0, {})
-    log._file.close()
-    log._file = open("/dev/full", "ab")
-    log.row(1, {"loss": 1.0})
-    log.close()
-    assert "cannot be written" in capsys.readouterr().out
-
-
 # -- data under a running job ----------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from made_saves import loaded, plain, run_made_saves
 
-from llama import faults
+from llama import faults, files
 from llama.cli import UserError
 from llama.config import CheckpointConfig
 from llama.runtime import background, checkpoint, world
@@ -83,8 +83,11 @@ def test_a_second_save_waits_for_the_first_and_says_so(
     timer.join()
 
 
-def test_failures_are_said_and_three_in_a_row_stop(tmp_path: Path, here, arm, capsys) -> None:
+def test_failures_are_said_and_three_in_a_row_stop(
+    tmp_path: Path, here, arm, capsys, monkeypatch
+) -> None:
     saver = background.Saver()
+    monkeypatch.setattr(files, "RETRY_AFTER_S", ())
 
     def save(step: int, wait: bool = False) -> bool:
         begun = saver.save(tmp_path, step, plain(step), {"step": step}, here, CFG, wait)

@@ -169,6 +169,56 @@ def test_a_second_signal_ends_a_run_that_hangs(place: Path, rng: random.Random) 
     assert f"{second}: stopped at once" in said and not list(run.processes())
 
 
+@pytest.mark.full
+def test_a_rank_that_keeps_python_from_running_is_ended(place: Path, whole: Run) -> None:
+    """Alone it has nobody who would tell: a thread of C writes the stacks and ends it."""
+    run = Run(place, "held", {"train.step_timeout": 4, "checkpoint.every": 2})
+    code, said = run.forked("step.begun:step=6,action=hold")
+    assert code == 1, said
+    stacks = (run.folder / "stacks" / "rank-0.txt").read_text()
+    assert "Timeout" in stacks and "strike" in stacks and stacks.startswith("alive")
+    # and what it is in time with is not ended: this one lasts longer than the timeout
+    code, said = run.forked("step.begun:step=8,action=hold,seconds=5")
+    assert code == 0 and run.rows() == whole.rows(), said
+
+
+@pytest.mark.full
+def test_time_while_a_run_is_stopped_does_not_count(place: Path, whole: Run) -> None:
+    """Ctrl-Z, for longer than a rank may hang; not for a process that somebody stops with force."""
+    run = Run(place, "asleep", {"train.step_timeout": 2, "train.save_timeout": 3})
+    child = run.start(1, "step.begun:step=5,action=hang,seconds=1")
+    wait_until(lambda: (run.folder / "metrics.jsonl").exists() and len(run.rows()) == 4, child)
+    child.send_signal(signal.SIGTSTP)
+    status = Path(f"/proc/{child.pid}/stat")
+    wait_until(lambda: status.read_text().rpartition(")")[2].split()[0] == "T", child)
+    time.sleep(8)
+    child.send_signal(signal.SIGCONT)
+    said, _ = child.communicate()
+    assert child.returncode == 0 and run.rows() == whole.rows(), said
+
+
+def test_data_that_is_never_read_ends_the_run_by_name(place: Path, whole: Run) -> None:
+    run = Run(place, "reading", {"train.step_timeout": 3, "checkpoint.every": 2})
+    code, said = run.forked("step.reading:step=7,action=hang")
+    assert code == 1 and run.reason()["exit"] == "failed", said
+    assert re.search(r"still reading window \d+ of tokens/(code|mail)/train", run.reason()["why"])
+    code, said = run.forked()
+    assert code == 0 and run.rows() == whole.rows(), said
+
+
+def test_a_last_save_that_fails_is_one_sentence(place: Path, whole: Run) -> None:
+    run = Run(place, "full", {"checkpoint.every": 8})
+    code, said = run.forked(f"ckpt.hashed:step={STEPS},action=enospc")
+    expected = (
+        rf"^error: the last checkpoint, of step {STEPS}, could not .*no space left on the disk"
+    )
+    assert code == 2 and "Traceback" not in said and re.search(expected, said, re.MULTILINE), said
+    assert run.reason()["exit"] == "failed" and run.reason()["step"] == STEPS
+    code, said = run.forked()
+    assert code == 0 and "resuming runs/full from step 8" in said
+    assert run.rows() == whole.rows(), said
+
+
 # -- two processes under torchrun ------------------------------------------------------------------
 
 
@@ -284,6 +334,10 @@ def test_workers_end_with_their_torchrun(place: Path, score) -> None:
 # -- time limits -----------------------------------------------------------------------------------
 
 
+class Made(SimpleNamespace):
+    """Unlike its parent it can be referred to weakly, also in Python 3.11."""
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The monotonic clock of a watch, set by hand; the one on the wall jumps about."""
@@ -309,7 +363,7 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
         cfg = Config(train=TrainConfig(time_limit=limit))
         cfg.model.vocab_size = 512
         saver = SimpleNamespace(write_s=20.0)
-        state = SimpleNamespace(cfg=cfg, world=here, run=tmp_path, step=0, saver=saver)
+        state = Made(cfg=cfg, world=here, run=tmp_path, step=0, saver=saver)
         found = watch.Watch(state)
         key = "train.time_limit" if where == "key" else "the job's end"
         assert f"10m 00s left ({key})" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from llama import files
 from llama.cli import Progress, UserError
 from llama.corpus.executors import Executor
 from llama.corpus.journal import Journal, Record, intact, opened, stamp
@@ -110,7 +111,7 @@ def _work(works: Mapping[str, tuple[Any, Any]], given: tuple[str, Job], at: At) 
     """A job, by the work of its stage: it comes with the folder of that."""
     folder, job = given
     work, inputs = works[folder]
-    done: Record = work(job, at) | {"inputs": dict(_hashed(inputs(job)))}
+    done: Record = files.retried(lambda: work(job, at)) | {"inputs": dict(_hashed(inputs(job)))}
     return done
 
 

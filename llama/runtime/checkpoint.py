@@ -14,10 +14,12 @@ import os
 import pickle
 import re
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ from llama.cli import UserError, show_bytes
 from llama.runtime.world import World
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
+FORMAT = 1  # of the folder and of state.json; every older one is read
+NO_SPACE = "no space left on the disk"
+# A file that says these when it is read is spoiled; anything else has to be mended by somebody.
+SPOILED = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 MANIFEST, STATE, METADATA, KEEP = "manifest.json", "state.json", ".metadata", "KEEP"
 # what DCP has to say about its own insides; for good, since a save may run in a thread
 warnings.filterwarnings("ignore", module="torch.distributed")
@@ -101,7 +107,9 @@ def path_of(run: str | Path, step: int) -> Path:
 def steps(run: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every finished checkpoint of a run, oldest first."""
     place = folder(run)
-    found = [(STEP_FOLDER.fullmatch(path.name), path) for path in place.glob("step-*")]
+    # a folder that may not be read is an error: it must not look like an empty one
+    names = files.retried(lambda: os.listdir(place)) if place.exists() else []
+    found = [(STEP_FOLDER.fullmatch(name), place / name) for name in names]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -124,26 +132,36 @@ def newest(run: str | Path) -> Path:
 def damage(path: Path, hashes: bool = True, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's files, in words; None when they are as they were written.
 
-    With `parts`, only every parts-th file is read, so that ranks can divide the work.
+    With `parts`, only every parts-th file is read, so that ranks can divide the work. Raises
+    `UserError` for one that this process may not read, or that a newer version has written.
     """
     try:
-        manifest = files.read_json(path / MANIFEST)
+        manifest = orjson.loads(files.retried((path / MANIFEST).read_bytes))
         if (
             manifest["sha256"] != _own_hash(manifest)
             or path_of("", manifest["step"]).name != path.name
         ):
             return f"{MANIFEST} is not what was written"
-        listed: dict[str, dict[str, Any]] = manifest["files"]
-        for name, entry in sorted(listed.items())[part::parts]:
+        newer, listed = manifest["format"] > FORMAT, sorted(manifest["files"].items())
+        for name, entry in [] if newer else listed[part::parts]:
             if "/" in name:
                 return f"{name} is no file of a checkpoint"
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
                 return f"{name} has {size} bytes instead of {entry['bytes']}"
-            if hashes and files.sha256(path / name) != entry["sha256"]:
+            if hashes and files.retried(partial(files.sha256, path / name)) != entry["sha256"]:
                 return f"the content of {name} has changed"
-    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if error.errno not in SPOILED:
+            raise UserError(f"{path} cannot be read: {error}") from error
         return f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is not what was written ({type(error).__name__}: {error})"
+    if newer:
+        raise UserError(
+            f"{path} is of format {manifest['format']}, this version reads up to {FORMAT}: "
+            "go on with the version that wrote it"
+        )
     return None
 
 
@@ -168,8 +186,25 @@ def save(
     """Write `step-<step>`; all ranks call it together. Returns what failed, or None.
 
     `prune` says which older ones stay. A failure on one rank removes the folder, leaves every older
-    checkpoint alone, and is the same text on every rank: training may go on.
+    checkpoint alone, and is the same text on every rank: training may go on. All is written anew
+    after a moment (`files.RETRY_AFTER_S`), unless the disk is full.
     """
+    verdict = None
+    for pause_s in (0.0, *files.RETRY_AFTER_S):
+        if verdict:
+            world.say(f"WARNING: step {step} is not saved yet, trying again: {verdict}")
+        time.sleep(pause_s)
+        verdict = _save_once(run, step, tensors, state, world)
+        if not verdict or NO_SPACE in verdict:
+            break
+    if not verdict and world.leads:
+        _, problem = _attempt(lambda: prune(run, keep, keep_every))
+        if problem:
+            world.say(f"WARNING: older checkpoints cannot be removed: {problem}")
+    return verdict
+
+
+def _save_once(run: str | Path, step: int, tensors: Any, state: Any, world: World) -> str | None:
     final = path_of(run, step)
 
     def make() -> Path:
@@ -194,10 +229,6 @@ def save(
         problem = f"{problem} ({show_bytes(files.free_bytes(run))} free on the disk)"
         _attempt(lambda: sweep(run))
     verdict: str | None = world.broadcast(problem)
-    if not verdict and world.leads:
-        _, problem = _attempt(lambda: prune(run, keep, keep_every))
-        if problem:
-            world.say(f"WARNING: older checkpoints cannot be removed: {problem}")
     return verdict
 
 
@@ -217,7 +248,7 @@ def _reason(error: BaseException) -> str:
         # DCP wraps what each rank raised
         error = next(iter(failures.values()))[0]
     text = f"{type(error).__name__}: {error}".splitlines()[0]
-    return "no space left on the disk" if getattr(error, "errno", 0) == errno.ENOSPC else text
+    return NO_SPACE if getattr(error, "errno", 0) == errno.ENOSPC else text
 
 
 def _write_rank(
@@ -263,25 +294,36 @@ def _publish(
     faults.point("ckpt.state", step=step)
     for name in (STATE, METADATA):
         every[name] = _entry(part / name)
-    present = {path.name for path in part.iterdir()}
-    if present != set(every):
-        raise OSError(f"the files on disk are not those written: {sorted(present ^ set(every))}")
-    manifest: dict[str, Any] = {"format": 1, "step": step, "files": every}
+
+    def look() -> None:
+        # a shared disk may be late to show what other machines have written
+        if differing := set(os.listdir(part)) ^ set(every):
+            text = f"the files on disk are not those written: {sorted(differing)}"
+            raise OSError(errno.ESTALE, text)
+
+    files.retried(look)
+    manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": every}
     files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
     faults.point("ckpt.listed", step=step)
     files.fsync_folder(part)
     faults.point("ckpt.synced", step=step)
-    if final.exists():
-        # only a damaged one can stand in the way: a good one would have been resumed from
+    if final.exists() and (damage(final) or _differ(part / STATE, final / STATE)):
+        # a good one would have been resumed from, or an earlier try has come so far
         final.rename(_free_name(final.parent, "corrupt"))
         faults.point("ckpt.aside", step=step)
-    part.rename(final)
+    if not final.exists():
+        part.rename(final)
+    shutil.rmtree(part, ignore_errors=True)
     faults.point("ckpt.renamed", step=step)
     for place in final.parents[:4]:
         # ckpt/, the run and runs/ may be new as well; what is above may be closed to us
         with suppress(PermissionError):
             files.fsync_folder(place)
     faults.point("ckpt.named", step=step)
+
+
+def _differ(a: Path, b: Path) -> bool:
+    return a.read_bytes() != b.read_bytes()
 
 
 def _free_name(place: Path, word: str) -> Path:
@@ -312,7 +354,8 @@ def prune(run: str | Path, keep: int, keep_every: int | None = None) -> None:
 
 def protect(path: Path, why: str) -> None:
     """Keep a checkpoint although newer ones come, also over restarts; rank 0 only."""
-    files.write_atomic(path / KEEP, why + "\n")
+    # not by way of a new name, which would make the folder again that is just being removed
+    (path / KEEP).write_text(why + "\n")
     faults.point("ckpt.protected")
 
 
@@ -342,8 +385,15 @@ def choose(run: str | Path, world: World) -> Path | None:
     """
     candidates: list[Path] = world.broadcast([path for _, path in reversed(steps(run))])
     for path in candidates:
-        verdicts = world.gather(damage(path, part=world.rank, parts=world.size))
-        problem = next((verdict for verdict in verdicts if verdict), None)
+        problem = refused = None
+        try:
+            problem = damage(path, part=world.rank, parts=world.size)
+        except UserError as error:
+            refused = str(error)
+        problems, refusals = zip(*world.gather((problem, refused)), strict=True)
+        if refused := next(filter(None, refusals), None):
+            raise UserError(refused)
+        problem = next(filter(None, problems), None)
         if not problem:
             return path
         if world.leads:

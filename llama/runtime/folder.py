@@ -36,8 +36,11 @@ def held(run: Path, here: World) -> Iterator[None]:
         file = open(run / ".lock", "a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             problem = f"{run} is being trained or verified: wait for it or use --name other"
+        except OSError as error:
+            # as on Lustre mounted without flock
+            print(f"WARNING: {run} cannot be locked ({error.strerror}): start it only once")
     together(problem, here)
     try:
         yield

@@ -32,20 +32,19 @@ class Metrics:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             keep_rows(self.path, step, branch)
-        self._file = open(self.path, "ab")
+        self._rows, self._late = b"", False
         self._sinks = [s for s in (_wandb(run, cfg, settings), _tensorboard(run, cfg)) if s]
-        self._lost = False
 
     def row(self, step: int, values: dict[str, Any]) -> None:
         """Append one row; None values are left out. A full disk is said once, never fatal."""
         row = {"step": step, **{k: v for k, v in values.items() if v is not None}}
+        self._rows += orjson.dumps(row) + b"\n"
         try:
-            self._file.write(orjson.dumps(row) + b"\n")
-            self._file.flush()
+            self._write()
         except OSError as error:
-            if not self._lost:
+            if not self._late:
                 print(f"WARNING: {self.path} cannot be written: {error.strerror}; training goes on")
-            self._lost = True
+            self._late = True
         for sink in list(self._sinks):
             try:
                 sink(step, row)
@@ -53,13 +52,18 @@ class Metrics:
                 print(f"WARNING: {sink.__qualname__.split('.')[0]} failed and is off now: {error}")
                 self._sinks.remove(sink)
 
+    def _write(self, durable: bool = False) -> None:
+        """Append what is not in the file yet, by a new handle: an old one may be stale."""
+        with open(self.path, "ab", buffering=0) as file:
+            while self._rows:
+                self._rows = self._rows[file.write(self._rows) :]
+            if durable:
+                os.fsync(file.fileno())
+
     def close(self) -> None:
         """Make the rows durable."""
         with suppress(OSError):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        with suppress(OSError):
-            self._file.close()
+            self._write(durable=True)
 
 
 class Clock:

@@ -4,6 +4,7 @@ Schedulers send SIGTERM (torchrun, preemption), SIGUSR1 or SIGUSR2 (time limits)
 Imports the standard library only: commands listen before they import torch, which takes seconds.
 """
 
+import faulthandler
 import functools
 import os
 import select
@@ -37,6 +38,7 @@ class Stop:
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in STOPPING:
             signal.signal(number, self._flag)
+        signal.signal(signal.SIGTSTP, lambda number, frame: None)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
     def _flag(self, number: int, frame: FrameType | None) -> None:
@@ -57,6 +59,10 @@ class Stop:
 
     def _heard(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGTSTP:
+            # Ctrl-Z: no clock may run on while all of this process is stopped
+            faulthandler.cancel_dump_traceback_later()
+            os.kill(os.getpid(), signal.SIGSTOP)
         if number in STOPPING and not self._first:
             self.number, self._first = self.number or number, now
             say(f"{name}: stopping where it is safe; a second signal stops at once")

@@ -24,6 +24,9 @@ NAMES = {number: number.name for number in signals.STOPPING} | {0: "", TIME_LIMI
 SAFETY, ENDING_S = 1.5, 2.0
 # What a process writes and hashes, until the first save is measured.
 SAVED_BYTES_PER_S = 100e6
+# What keeps all of Python from running is given so many times the timeout: it cannot be told from
+# a process that was stopped, but for Ctrl-Z (signals.py).
+HELD = 2
 # A rank that hangs leaves the others time to write their stacks too.
 GRACE_S = 3.0
 # Once a rank has failed, collectives on GPUs would wait for it for ever.
@@ -69,8 +72,6 @@ class Watch:
         self._limit_s = getattr(self._state.cfg.train, self._key)
         self._phase, self._since, self._idle_s = phase, now, 0.0
         self._step = self._state.step
-        # a thread of C writes them: it needs no lock that a hanging thread may hold
-        faulthandler.dump_traceback_later(self._limit_s, file=self._file)
 
     def poll(self, phase: str, waiting: bool = False) -> bool | None:
         """Beat, and agree: None if any rank was asked to stop, else whether any is waiting.
@@ -102,6 +103,10 @@ class Watch:
     def _tick(self, ran_s: float) -> None:
         """Called about once a second by the thread that hears signals."""
         self._idle_s += ran_s
+        # no tick any more: a thread of C, which needs no lock of Python, writes stacks and ends it
+        with suppress(RuntimeError):
+            later_s = HELD * self._limit_s
+            faulthandler.dump_traceback_later(later_s, file=self._file, exit=True)
         # here and not in a beat: a step must not wait for the file
         self._note("alive")
         run, rank = self._run, self._rank
@@ -110,6 +115,7 @@ class Watch:
             signals.end(f"rank {rank} ends: another one has failed", 1)
         if self._idle_s > self._limit_s:
             self._note("hung")
+            faulthandler.dump_traceback_later(0.01, file=self._file)
             why = f"hangs: nothing for {self._limit_s:g} s, {self._where} (train.{self._key})"
             signals.say(f"ERROR: rank {rank} {why}; stacks of every rank are in {run}/stacks")
             time.sleep(GRACE_S)
