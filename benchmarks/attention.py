@@ -6,9 +6,9 @@ FlexAttention and of xformers; how far each is from float32; a plot over T. A ca
 counts 2·B·H·T²·D operations, a backward pass 2.5 times as many (Dao 2023).
 """
 
-import os
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ def _compiled_flex(T: int, where: torch.device) -> tuple[Callable[..., Tensor], 
     from torch.nn.attention import flex_attention as flex
 
     mask = flex.create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=where)
+    # after eight shapes it would go on uncompiled
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex.flex_attention, dynamic=False), mask
 
 
@@ -97,8 +99,9 @@ def row(T: int, D: int, group: int, where: torch.device) -> dict[str, Any]:
     for name, way in ways(where, D).items():
         try:
             found[name] = way if isinstance(way, str) else measure(way, *tensors)
-        except (RuntimeError, ImportError, ValueError) as error:
-            found[name] = str(error).splitlines()[0]
+        # whatever ails one of them, as Triton's own errors: the others are measured
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     print(f"\nT {T}, D {D}, H/K {group}: TFLOP/s forward, backward, both; error")
     for name, x in found.items():
         *speeds, error = x.values() if isinstance(x, dict) else (x,)
@@ -120,6 +123,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set(title=what, xlabel="T", ylabel="TFLOP/s", xscale="log")
     axes[0].legend()
     figure.savefig(path)
+    pyplot.close(figure)
 
 
 def main(argv: list[str]) -> None:
@@ -128,16 +132,14 @@ def main(argv: list[str]) -> None:
     p.add_argument("--head_dim", type=int, nargs="+", default=[128, 64], choices=[64, 128])
     a = p.parse_args(argv)
     where = gpu.device()
-    results = {
-        f"T {T} D {D} group {group}": row(T, D, group, where)
-        for D in a.head_dim
-        for group in (1, 4)
-        for T in a.seq_len
-    }
-    if a.save:
-        path = harness.save("attention", harness.versions("torch", "triton") | results, gpu.name())
-        plot(results, path.with_suffix(".png"))
-        print("saved in", os.path.relpath(path))
+    results: dict[str, Any] = harness.versions("torch", "triton")
+    for D, group, T in product(a.head_dim, (1, 4), a.seq_len):
+        results[f"T {T} D {D} group {group}"] = row(T, D, group, where)
+        if a.save:
+            # what was measured stays, also where time runs out
+            path = harness.save("attention", results, gpu.name())
+            plot(results, path.with_suffix(".png"))
+    harness.keep(a.save, "attention", results, gpu.name())
 
 
 if __name__ == "__main__":

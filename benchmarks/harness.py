@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,9 @@ def machine(*more: str) -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of installed packages."""
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    """Versions of Python and of those of the packages that are installed."""
+    installed = (p for p in packages if find_spec(p))
+    return {"python": platform.python_version()} | {p: metadata.version(p) for p in installed}
 
 
 def save(name: str, result: dict[str, Any], *more: str) -> Path:

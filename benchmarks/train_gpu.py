@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity
 import train
 from benchmarks import gpu, harness, twin
 from llama import cli, config, costs
+from llama.cli import UserError
 from llama.config import Config
 from llama.data.writer import ShardWriter, Vocabulary, write_manifest
 from llama.runtime import world
@@ -60,7 +61,9 @@ def ours(cfg: Config, here: world.World) -> Step:
 
 def theirs(cfg: Config, here: world.World) -> Step:
     """The same step with transformers: bfloat16 by autocast over float32 weights, compiled."""
-    model = twin.fresh(cfg.model, cfg.data.seq_len).to(here.device)
+    # on the GPU at once: 7B weights drawn on a CPU take minutes
+    with here.device:
+        model = twin.fresh(cfg.model, cfg.data.seq_len)
     if here.device.type == "cuda":
         model.compile()
     step = twin.step(model, cfg.optim, cfg.train.micro_batch, autocast=True)
@@ -137,8 +140,11 @@ def measure(who: str, cfg: Config, here: world.World, n: int) -> dict[str, Any] 
     try:
         step = WHO[who](cfg, here)
         speed = cfg.train.batch_tokens / seconds(step, cfg, here.device, n)
-    except torch.OutOfMemoryError:
-        print(f"{who}: out of memory")
+    except (torch.OutOfMemoryError, UserError) as error:
+        # a peer that is not installed is left out, what is wrong with ours is not
+        if who == "ours" and isinstance(error, UserError):
+            raise
+        print(f"{who}: {str(error).splitlines()[0]}")
         return None
     peak = costs.peak_flops(gpu.name()) or float("nan")
     causal, palm = (speed * f / peak for f in costs.flops_per_token(cfg.model, cfg.data.seq_len))
@@ -157,6 +163,19 @@ def measure(who: str, cfg: Config, here: world.World, n: int) -> dict[str, Any] 
     return found | {"ms_and_floor": table}
 
 
+def load(path: str, seq_len: int, micro_batch: int, accumulate: int) -> Config:
+    """A configuration for one GPU, which keeps its bfloat16 weights over all of a step."""
+    wanted = {
+        "data.seq_len": seq_len,
+        "train.micro_batch": micro_batch,
+        "train.batch_tokens": seq_len * micro_batch * accumulate,
+        "parallel.replicate": 1,
+        "parallel.shard": 1,
+        "parallel.reshard": "false",
+    }
+    return config.load(["--config", path, *(f"--{key}={value}" for key, value in wanted.items())])
+
+
 def main(argv: list[str]) -> None:
     p = harness.parser("train_gpu", "Training on one GPU beside transformers.")
     p.add_argument("--config", type=str, default="configs/llama_1b.yaml")
@@ -164,21 +183,18 @@ def main(argv: list[str]) -> None:
     p.add_argument("--micro_batch", type=int, default=16, help="windows of a forward pass")
     p.add_argument("--accumulate", type=int, default=4, help="forward passes of a step")
     p.add_argument("--steps", type=int, default=5, help="steps that are measured")
+    p.add_argument("--who", type=str, nargs="+", default=list(WHO), choices=list(WHO))
     a = p.parse_args(argv)
     gpu.device()
-    sizes = {
-        "data.seq_len": a.seq_len,
-        "train.micro_batch": a.micro_batch,
-        "train.batch_tokens": a.seq_len * a.micro_batch * a.accumulate,
-    }
-    cfg = config.load(["--config", a.config, *(f"--{key}={size}" for key, size in sizes.items())])
+    cfg = load(a.config, a.seq_len, a.micro_batch, a.accumulate)
     here, found = world.start(), {}
-    for who in WHO:
+    for who in a.who:
         # one after the other: together they would not fit
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         found[who] = measure(who, cfg, here, a.steps)
+    sizes = {"seq_len": a.seq_len, "micro_batch": a.micro_batch, "accumulate": a.accumulate}
     facts = sizes | harness.versions("torch", "triton", "transformers") | found
     harness.keep(a.save, f"train_{cfg.name}", facts, gpu.name())
     world.stop()

@@ -55,9 +55,10 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if find_spec(package) is None:
         return f"{package} is not installed"
     interpreted = package == "triton" and dispatch.INTERPRETED
-    if device.type != "cuda" and not interpreted:
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    if not (on_gpu or interpreted):
         return "it needs a CUDA GPU"
-    chip = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    chip = torch.cuda.get_device_capability(device) if on_gpu else (8, 0)
     if chip < (8, 0):
         return f"it needs compute capability 8.0, this GPU has {chip[0]}.{chip[1]}"
     if kind == "triton" and (dtype not in (*HALF, torch.float32) or not 1 <= head_dim <= 256):
@@ -93,7 +94,8 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v to (B, T, H, D); the T queries are the last of S >= T positions.
 
-    `doc_ids`: (B, S), equal for positions that may see each other, or `document_mask` of them.
+    `doc_ids`: (B, S), equal for positions that may see each other, or `document_mask` of them. A
+    document lies in one piece: with Triton's kernels an id that comes back begins another one.
     """
     _check(q, k, v, doc_ids, backend)
     if not torch.compiler.is_compiling():
@@ -125,7 +127,9 @@ def attention_with_lse(
     if not backend.startswith(("triton", "gluon")):
         raise ValueError(f"backend {backend!r} has no lse to return: triton, gluon, reference do")
     out, lse = _triton(q, k, v, doc_ids, backend)
-    return out, (lse[..., : q.shape[1]] * math.log(2)).to(reference.wide_dtype(q.dtype))
+    # the operator's gradient is that of the output alone
+    lse = lse.detach()[..., : q.shape[1]] * math.log(2)
+    return out, lse.to(reference.wide_dtype(q.dtype))
 
 
 def _triton(
@@ -185,13 +189,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str
     if k.shape != (B, S, K, D) or v.shape != k.shape:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"shapes disagree: {shapes}; expected (B, T, H, D), (B, S, K, D) twice")
-    if H % K:
+    if not K or H % K:
         raise ValueError(f"q has {H} heads, not a multiple of the {K} key/value heads of k")
     if T > S:
         raise ValueError(f"q has {T} tokens, more than the {S} of k")
     if doc_ids is None:
         return
-    made = (2, B, S) if backend.startswith(("triton", "gluon")) else (B, 1, T, S)
-    if doc_ids.shape not in ((B, S), made) or doc_ids.is_floating_point():
-        shape = f"{tuple(doc_ids.shape)} {doc_ids.dtype}"
-        raise ValueError(f"doc_ids is {shape}, expected integers ({B}, {S}) or {made}")
+    by_kernels = backend.startswith(("triton", "gluon"))
+    made, kind = ((2, B, S), torch.int32) if by_kernels else ((B, 1, T, S), torch.bool)
+    fits = doc_ids.dtype == kind and doc_ids.shape == made
+    fits |= doc_ids.shape == (B, S) and not doc_ids.is_floating_point()
+    if not fits or doc_ids.device != q.device:
+        found = f"{tuple(doc_ids.shape)} {doc_ids.dtype} on {doc_ids.device}"
+        expected = f"integers ({B}, {S}) or {made} {kind} on {q.device}"
+        raise ValueError(f"doc_ids is {found}, expected {expected}")

@@ -263,7 +263,7 @@ def forward(
     """As `attention_launch.forward`; on Hopper, D of 64 or 128, in half precision."""
     run = launch.Run(q, k, docs)
     q, k, v = run.movable(q), run.movable(k), run.movable(v)
-    out, lse = run.like(q), run.statistics(q, math.inf)
+    out, lse = q.new_empty(q.shape), run.statistics(q, math.inf)
     rest = run.rest(out, keep)
     plain = [run.tiles_of(x, n) for x, n in zip((q, k, v), HEIGHTS, strict=True)]
     tiles = [TensorDescriptor(x.base, x.shape, x.strides, x.block_shape, TILE) for x in plain]

@@ -19,7 +19,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention_triton as kernels
-from kernels.launch import STATISTICS_ROWS
+from kernels.launch import STATISTICS_ROWS, empty32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def forward(
     """
     run = Run(q, k, docs)
     q, k, v = run.movable(q), run.movable(k), run.movable(v)
-    out, lse = run.like(q), run.statistics(q, math.inf, wide=True)
+    out, lse = q.new_empty(q.shape), run.statistics(q, math.inf, wide=True)
     rest = run.rest(out, keep)
     tile = run.tile("forward")
     tensors = run.tiles_of(q, tile.M), run.tiles_of(k, tile.N), run.tiles_of(v, tile.N), out
@@ -106,8 +106,8 @@ def backward(
             REST=kept,
         )  # fmt: skip
     fused = not (deterministic or exact) and run.tile("fused") is not None
-    dk, dv = run.like(k), run.like(v)
-    dq = run.zeros(q) if fused else run.like(q)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    dq = empty32(q, *q.shape).zero_() if fused else q.new_empty(q.shape)
     if not fused:
         # before the others, as in float32 it makes δ
         tile = run.tile("dq")
@@ -171,10 +171,9 @@ class Run:
 
         if 0 not in grid:
             with torch.cuda.device_of(on):
+                # chips that came after Hopper make descriptors of pointers in memory
+                triton.set_allocator(lambda size, *_: on.new_empty(size, dtype=torch.int8))
                 kernel[grid](*arguments, **constants)
-
-    def like(self, x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
 
     def rest(self, out: Tensor, keep: bool) -> Tensor:
         import torch
@@ -185,11 +184,6 @@ class Run:
     def cut(self, x: Tensor) -> Tensor:
         """Without the columns that `movable` added."""
         return x if x.shape[-1] in (0, self.D) else x[..., : self.D].contiguous()
-
-    def zeros(self, x: Tensor) -> Tensor:
-        import torch
-
-        return x.new_zeros(x.shape, dtype=torch.float32)
 
     def statistics(self, x: Tensor, padding: float, wide: bool = False) -> Tensor:
         """(B, H, T rounded up) with `padding` past T, wider than x if `wide`."""
@@ -208,13 +202,18 @@ class Run:
 
             return pad(x, (0, self.width - self.D))
         unit = 16 // x.element_size()
-        fits = x.data_ptr() % 16 == 0 and all(s % unit == 0 for s in x.stride()[:3])
-        if self.arch == 90:
+        (B, T, H, D), (b, t, h, d) = x.shape, x.stride()
+        fits = d == 1 and x.data_ptr() % 16 == 0 and all(s % unit == 0 for s in (b, t, h))
+        if fits and self.arch == 90:
             # a head is whole columns of the rows that lie a token's stride apart
-            (B, _, H, D), (b, t, h, _) = x.shape, x.stride()
-            fits &= B == 1 or b % t == 0
-            fits &= H == 1 or h % t == 0 or (H - 1) * h + D <= t
-        return x if fits and x.stride(3) == 1 else x.contiguous()
+            heads = 1 if (H - 1) * h + D <= t else H
+            fits = t >= D and (B == 1 or b % t == 0) and (heads == 1 or h % t == 0)
+            # past its last token a tile reads on in memory: that must be the tensor's own there, as
+            # 0 · NaN of what nobody has written would be NaN
+            own = (heads == 1 or h == T * t) and (B == 1 or b == heads * T * t)
+            fits = fits and (own or T % STATISTICS_ROWS == 0)
+        # not `contiguous`, to which the stride of an axis of one element is nothing
+        return x if fits else x.new_empty(x.shape).copy_(x)
 
     def tiles_of(self, x: Tensor, rows: int) -> Any:
         """(B, T, H, D) as a kernel takes what it reads in tiles: see `_head`."""

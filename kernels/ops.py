@@ -18,7 +18,7 @@ from kernels.reference import VocabularyShard
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · w over the last axis: (..., C) and (C,) to (..., C)."""
-    _check("weight", weight, (x.shape[-1],), weight.dtype, x)
+    _check_norm(x, weight)
     if formula("rms_norm", x):
         return reference.rms_norm(x, weight, eps)
     # where nothing is learnt, generating token by token, autograd's call costs a fifth of the norm
@@ -41,7 +41,7 @@ class _RMSNorm(Function):
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of x + residual, and that sum, both (..., C): one pass over memory for the two."""
-    _check("weight", weight, (x.shape[-1],), weight.dtype, x)
+    _check_norm(x, weight)
     _check("residual", residual, tuple(x.shape), x.dtype, x)
     if formula("add_rms_norm", x):
         return reference.add_rms_norm(x, residual, weight, eps)
@@ -69,6 +69,7 @@ class _AddRMSNorm(Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) · up, all (..., F)."""
+    _check_first("gate", gate, gate.dim() > 0, "(..., F)")
     _check("up", up, tuple(gate.shape), gate.dtype, gate)
     if formula("swiglu", gate):
         return reference.swiglu(gate, up)
@@ -92,8 +93,7 @@ class _SwiGLU(Function):
 
 def rope(x: Tensor, table: Tensor) -> Tensor:
     """Turn the pairs of (B, T, H, D) by the (T, D/2) table of `reference.rope_table`."""
-    if x.dim() != 4 or x.shape[3] % 2:
-        raise ValueError(f"x is {tuple(x.shape)}, expected (B, T, H, D) with an even D")
+    _check_first("x", x, x.dim() == 4 and x.shape[3] % 2 == 0, "(B, T, H, D) with an even D")
     _check("table", table, (x.shape[1], x.shape[3] // 2), torch.complex64, x)
     if formula("rope", x):
         return reference.rope(x, table)
@@ -129,6 +129,8 @@ def linear_cross_entropy(
     pass refuses anything else (compute logits for that). With a `shard`, `weight` is this process's
     part of the matrix, the losses are the whole ones, and the gradient of x is one part of a sum.
     """
+    _check_first("x", x, x.dim() == 2, "(N, C)")
+    _check_first("weight", weight, weight.dim() == 2 and len(weight) > 0, "(V, C) with V > 0")
     N, C = x.shape
     _check("weight", weight, (weight.shape[0], C), x.dtype, x)
     _check("targets", targets, (N,), torch.int64, x)
@@ -171,6 +173,19 @@ class _LinearCrossEntropy(Function):
         of_x = torch.mul(grad_x, factor, out=torch.empty_like(grad_x))
         of_weight = grad_weight.new_empty(grad_weight.shape, dtype=ctx.weight_dtype)
         return of_x, torch.mul(grad_weight, factor, out=of_weight), None, None, None
+
+
+def _check_norm(x: Tensor, weight: Tensor) -> None:
+    _check_first("x", x, x.dim() > 0, "(..., C)")
+    _check_first("weight", weight, weight.dim() == 1, "(C,)")
+    _check("weight", weight, (x.shape[-1],), weight.dtype, x)
+
+
+def _check_first(name: str, x: Tensor, fits: bool, shape: str) -> None:
+    """Refuse what has no shape or type that others could agree with."""
+    if not (fits and x.is_floating_point()):
+        found = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        raise ValueError(f"{name} is {found}, expected floating point {shape}")
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:

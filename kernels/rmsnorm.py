@@ -111,7 +111,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     C, y, scale = x.shape[-1], x.new_empty(x.shape), empty32(x, *x.shape[:-1], 1)
     total = y if residual is None else x.new_empty(x.shape)
-    x, added = rows(x), rows(x if residual is None else residual)
+    x, added, weight = rows(x), rows(x if residual is None else residual), weight.contiguous()
     launch(
         rms_norm_forward_kernel, x.shape[0], x, added, weight, y, total, scale,
         x.stride(0), added.stride(0), C, eps, ADD=residual is not None, **_layout(C),
@@ -124,7 +124,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     C, grad_x = x.shape[-1], x.new_empty(x.shape)
     grad, x, past = rows(grad), rows(x), rows(grad if grad_total is None else grad_total)
-    N, least = x.shape[0], n_processors(x)
+    N, least, weight = x.shape[0], n_processors(x), weight.contiguous()
     programs = min(max(N // ROWS_PER_PROGRAM, least), PROGRAMS_PER_PROCESSOR * least, N)
     partial = empty32(x, programs, C)
     launch(

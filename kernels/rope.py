@@ -30,7 +30,7 @@ def rope_kernel(
     BACK: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(H, HEADS)
-    heads = tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)[:, None]
+    heads = (tl.program_id(0) % groups * HEADS + tl.arange(0, HEADS)[:, None]).to(tl.int64)
     token = (tl.program_id(0) // groups % T).to(tl.int64)
     batch = (tl.program_id(0) // groups // T).to(tl.int64)
     columns = tl.arange(0, 2 * PAIRS)

@@ -1,13 +1,18 @@
 """The benchmarks for GPUs: what they measure with, at tiny sizes on a CPU, and their refusal."""
 
+import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
+from test_repo import ROOT
 
-from benchmarks import ops, train_gpu
+from benchmarks import harness, ops, train_gpu
+from llama.cli import UserError
 from llama.config import Config, Count, DataConfig, ModelConfig, TrainConfig
+from llama.parallel import layout
 from llama.runtime import world
 
 CPU = torch.device("cpu")
@@ -19,6 +24,43 @@ def test_without_a_gpu_they_say_so(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr, done.stderr
+
+
+def test_one_command_runs_them_all_within_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = [str(ROOT / "scripts" / "gpu.sh")]
+    lines = subprocess.run(
+        ["bash", *script], env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True
+    ).stdout.splitlines()
+    asked = [line.split()[1:] for line in lines if line.startswith("-m ") and "--save" in line]
+    assert [name for name, *_ in asked] == [f"benchmarks.{x}" for x in (
+        "ops", "train_gpu", "train_gpu", "attention")]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, *options in asked:
+        # every option is known
+        with pytest.raises(UserError, match="needs a CUDA GPU"):
+            import_module(name).main(options)
+
+
+@pytest.mark.parametrize("name", ["llama_1b", "llama_7b"])
+def test_a_configuration_for_many_gpus_is_one_for_one(name: str) -> None:
+    cfg = train_gpu.load(str(ROOT / "configs" / f"{name}.yaml"), 2048, 2, 16)
+    at = layout.resolve(cfg, 1, True)
+    assert (at.micro_batch, cfg.train.batch_tokens, at.reshard) == (2, 65_536, False)
+
+
+def test_a_peer_that_is_not_installed_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> None:
+        raise UserError("transformers is not installed")
+
+    monkeypatch.setattr(train_gpu, "WHO", {"transformers": missing, "ours": missing})
+    here = world.World(0, 1, 0, CPU, False)
+    assert train_gpu.measure("transformers", Config(), here, 1) is None
+    assert "transformers: transformers is not installed" in capsys.readouterr().out
+    with pytest.raises(UserError):
+        train_gpu.measure("ours", Config(), here, 1)
+    assert harness.versions("torch", "not_there").keys() == {"python", "torch"}
 
 
 def test_bandwidths_of_every_operation_by_every_way(monkeypatch: pytest.MonkeyPatch) -> None:

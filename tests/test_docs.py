@@ -48,6 +48,7 @@ INSTEAD = [
     (r"--input DIR\b", "--input texts", "stands for any folder"),
     (r"^python -m benchmarks.encode", r"\g<0> --mb 0.2 --vocab_size 1000", "takes minutes"),
     (r"^python -m kernels.tune$", r"\g<0> --help", "needs a GPU"),
+    (r"^bash scripts/gpu.sh$", "bash -n scripts/gpu.sh", "needs a GPU"),
     (r"^python -m benchmarks.train_step", r"\g<0> --pairs 1", "takes minutes"),
     (r"^python -m benchmarks.generate", r"\g<0> --pairs 1 --new_tokens 4", "takes minutes"),
     (r"^python -m benchmarks.corpus_speed", r"\g<0> --rounds 1", "takes minutes"),

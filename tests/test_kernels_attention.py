@@ -89,6 +89,9 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton", "gluon"):
         with pytest.raises(ValueError, match=f"'{name}' cannot run on cpu.*needs a CUDA GPU"):
             kernel.choose(name, "cpu", torch.bfloat16, 128)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'triton' cannot run on cuda.*needs a CUDA GPU"):
+            kernel.choose("triton", "cuda", torch.bfloat16, 128)
     with pytest.raises(ValueError, match="'xformers'.*xformers is not installed"):
         kernel.choose("xformers", "cuda", torch.bfloat16, 128)
     kernel._why_not.cache_clear()
@@ -134,6 +137,9 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ),
         (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 4).long(), "doc_ids"),
         (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3), "doc_ids.*float32"),
+        (ones(2, 3, 4, 8), ones(2, 3, 0, 8), ones(2, 3, 0, 8), None, "multiple of the 0 key/value"),
+        (*[ones(2, 3, 4, 8)] * 3, ones(2, 3).long().to("meta"), "doc_ids is .* on meta.* on cpu"),
+        (*[ones(2, 3, 4, 8)] * 3, ones(2, 1, 3, 3).long(), "doc_ids is .*int64.* torch.bool"),
     ],
 )
 def test_bad_arguments_are_named(

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -88,6 +91,39 @@ def test_the_table_is_written_as_it_lies() -> None:
 def test_without_a_gpu_they_say_so(module: str) -> None:
     done = run(module)
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr, done.stderr
+
+
+def test_every_shape_of_flex_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the first eight: there are sixteen."""
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable[..., object]:
+        made.append(graph)
+        return graph.forward
+
+    compiled = partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    for T in (128, 256, 384, 512):
+        for heads, D in product((1, 2), (16, 32, 64)):
+            q = torch.randn(1, T, 2, D)
+            k = torch.randn(1, T, heads, D)
+            before = len(made)
+            benchmark._flex(q, k, k)
+            assert len(made) > before, (T, heads, D)
+
+
+def test_what_ails_one_way_does_not_end_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def broken(*_: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(benchmark, "TOKENS", 32)
+    monkeypatch.setattr(benchmark, "FEATURES", 128)
+    monkeypatch.setattr(benchmark, "ways", lambda *_: {"triton": broken, "flex": "not here"})
+    found = benchmark.row(32, 64, 1, torch.device("cpu"))
+    assert "OutOfResources" in found["triton"] and found["flex"] == "not here"
 
 
 def test_a_row_of_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

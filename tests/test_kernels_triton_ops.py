@@ -156,6 +156,26 @@ def test_gradients_have_the_same_bits_every_time() -> None:
 
 
 @on_triton
+def test_a_gain_that_is_part_of_something_wider() -> None:
+    x, wide = drawn(3, 20, dtype=torch.float32), drawn(40, dtype=torch.float32)
+    grads = [drawn(3, 20, dtype=torch.float32)]
+    norm = functools.partial(ops.rms_norm, eps=1e-5)
+    found = values_and_gradients(norm, [x, wide[::2]], grads)
+    dense = values_and_gradients(norm, [x, wide[::2].contiguous()], grads)
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="memory that is never touched is never there")
+def test_heads_that_lie_beyond_2_to_the_31() -> None:
+    far = 2**30
+    memory = torch.empty(3 * far + 8, dtype=torch.float16)
+    x = memory.as_strided((1, 2, 4, 4), (0, 4, far, 1))
+    x.copy_(torch.randn(x.shape))
+    table = reference.rope_table(2, reference.rope_frequencies(4, 100.0))
+    assert torch.equal(ops.rope(x, table), ops.rope(x.contiguous(), table))
+
+
+@on_triton
 def test_rope_in_place_and_back() -> None:
     from kernels import rope
 
