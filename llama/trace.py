@@ -69,12 +69,10 @@ def covered(spans: Iterable[Span], low: int, high: int) -> int:
 
 def read(path: Path) -> list[Step]:
     """The steps of a trace. Raises `UserError` where it is cut off or holds none."""
-    try:
-        with gzip.open(path) as file:
-            events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
+    broken = OSError, EOFError, zlib.error, ValueError, KeyError, TypeError
+    with cli.as_user_error(f"{path} is not a whole Chrome trace", *broken), gzip.open(path) as file:
+        events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
         found = list(steps(events))
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a whole Chrome trace: {error}") from None
     if not found:
         raise UserError(f"{path} holds no step of train.py")
     return found

@@ -185,9 +185,7 @@ def finish(source: Source, plan: Record, records: Sequence[Record], limit: float
     """Write the manifests, unless too many documents were skipped."""
     folder = source.tokens
     read = sum(record["read"] for record in records)
-    reasons = Counter[str]()
-    for record in records:
-        reasons.update(record["skipped"])
+    reasons = sum((Counter(record["skipped"]) for record in records), Counter[str]())
     listed = [line for record in records for line in record["listed"]]
     why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
     if reasons:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llama import cli, config, costs
-from llama.cli import UserError, show_bytes, show_count
+from llama.cli import expect, show_bytes, show_count
 from llama.config import Config
 from llama.costs import CHIPS, Chip
 from llama.plan import layouts, published, speed
@@ -109,13 +109,10 @@ def main(argv: list[str]) -> int:
         print(f"{published.table()}\n\n{published.paper_table()}")
         return 0
     cfg = config.load(argv, parser)
-    if given.gpu not in CHIPS:
-        raise UserError(f"--gpu is {given.gpu!r}, expected one of {', '.join(CHIPS)}")
-    stack = given.stack or published.usual(given.gpu)
-    if stack not in (known := published.tables()["stacks"]):
-        raise UserError(f"--stack is {stack!r}, expected one of {', '.join(known)}")
-    if given.gpus < 1:
-        raise UserError(f"--gpus is {given.gpus}, expected 1 or more")
+    expect(given.gpu in CHIPS, f"--gpu is {given.gpu!r}", f"one of {', '.join(CHIPS)}")
+    stack, known = given.stack or published.usual(CHIPS[given.gpu]), published.tables()["stacks"]
+    expect(stack in known, f"--stack is {stack!r}", f"one of {', '.join(known)}")
+    expect(given.gpus >= 1, f"--gpus is {given.gpus}", "1 or more")
     cfg.model.vocab_size = cfg.model.vocab_size or 32_000
     print("\n\n".join(report(cfg, given.gpus, given.gpu, stack, given.explain)))
     return 0
