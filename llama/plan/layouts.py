@@ -27,19 +27,14 @@ class Plan:
 
     layout: Layout
     step: speed.Step
-    phase: str
-    parts: dict[str, int]
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.parts.values())
+    bytes: int
 
 
 def evaluate(cfg: Config, at: Layout, chip: Chip, efficiency: float) -> Plan:
     passes = math.ceil(share(cfg, at) / at.micro_batch)
     at = with_micro_batch(cfg, at, at.micro_batch)
     step = speed.step(cfg.model, at, chip, efficiency, passes)
-    return Plan(at, step, *costs.peak(cfg.model, at))
+    return Plan(at, step, costs.needed(cfg.model, at))
 
 
 def micro_batches(cfg: Config, at: Layout) -> list[int]:
