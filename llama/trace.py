@@ -165,7 +165,7 @@ def show(rank: int, found: list[Step]) -> Iterator[str]:
         yield cli.table((f"rank {rank}, ms", *columns), rows)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     parser = cli.parser("python -m llama.trace", "Where the time of recorded steps went.")
     parser.add_argument("run", type=Path, help="A run folder.")
     run = parser.parse_args(argv).run
@@ -175,7 +175,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
     for (rank, *_), path in traces:
         print("\n\n".join(show(rank, read(path))) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -58,10 +58,8 @@ def open_tokenizer(path: str | Path) -> tuple[Path, Tokenizer, Vocabulary]:
         tokenizer = Tokenizer(model)
     except ValueError as error:
         raise UserError(str(error)) from error
-    vocabulary = Vocabulary(
-        tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
-    )
-    return model, tokenizer, vocabulary
+    facts = tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
+    return model, tokenizer, Vocabulary(*facts)
 
 
 def place_tokenizer(model: Path, tokens_folder: Path) -> None:
