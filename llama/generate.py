@@ -108,7 +108,7 @@ def load(
     trained with.
     """
     source = open_source(run)
-    pieces = source.open_tokenizer(tokenizer)
+    pieces = source.open_tokenizer(None if tokenizer is None else str(tokenizer))
     on_gpu = torch.cuda.is_available()
     with torch.device("meta"):
         model = Transformer(source.cfg).to(torch.bfloat16 if on_gpu else torch.float32)
