@@ -106,7 +106,7 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
     found = {}
     for i, (way, modes) in enumerate(ways.items()):
         more = kept(build(twice, way, modes, where), tokens) - kept(models[way], tokens)
-        formula = sum(costs.kept_by_blocks(cfg, at, mode) for mode in modes)
+        formula = sum(costs.kept_by_block(cfg, at, mode) for mode in modes)
         ratio = Comparison.of(turns, i, 0)
         found[way] = {
             "bytes": more / cfg.n_layers / at.tokens,

@@ -9,9 +9,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 
+from llama import files
 from llama.config import ModelConfig
 
+CHIPS_FILE = Path(__file__).with_name("chips.yaml")
 Shapes = dict[str, tuple[int, int]]
 
 
@@ -20,7 +23,7 @@ Shapes = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Chip:
-    """What one GPU can do, and its place in the usual machine; a new chip is one entry of `CHIPS`.
+    """What one GPU can do, and its place in the usual machine; one entry of chips.yaml.
 
     Args:
         driver: Name that the driver, and so torch, gives it.
@@ -47,26 +50,7 @@ class Chip:
     node: int = 8
 
 
-# Peaks: NVIDIA's data sheets (H100 and H200: 132 SMs at 1830 MHz). PCIe and NVL variants of Hopper
-# have other peaks; better no number than a wrong one. Matrix products: the largest found by
-# stas00/ml-engineering. Attention: figures of FlashAttention-2 at 2k to 4k tokens. Links: NCCL's
-# own ceiling of 235 GB/s for NVLink 3, and that scaled to NVLink 4; a card of 200 or 400 Gb/s a
-# GPU. A100 on PCIe: products and attention are estimates for its power limit; NVLink joins pairs
-# only, so its link is PCIe 4.
-CHIPS = {
-    "a100-40g": Chip("NVIDIA A100-SXM4-40GB", 312e12, 271e12, 164e12, 42.3e9, 1.56e12,
-                     235e9, 200e9, 400),
-    "a100-80g": Chip("NVIDIA A100-SXM4-80GB", 312e12, 271e12, 164e12, 85.0e9, 2.04e12,
-                     235e9, 200e9, 400),
-    "a100-pcie-40g": Chip("NVIDIA A100-PCIE-40GB", 312e12, 230e12, 140e12, 42.3e9, 1.56e12,
-                          20e9, 50e9, 250),
-    "a100-pcie-80g": Chip("NVIDIA A100 80GB PCIe", 312e12, 240e12, 145e12, 85.0e9, 1.94e12,
-                          20e9, 50e9, 300),
-    "h100-80g": Chip("NVIDIA H100 80GB HBM3", 989.4e12, 794e12, 308e12, 85.0e9, 3.35e12,
-                     350e9, 400e9, 700),
-    "h200-141g": Chip("NVIDIA H200", 989.4e12, 794e12, 308e12, 150.1e9, 4.8e12,
-                      350e9, 400e9, 700),
-}  # fmt: skip
+CHIPS = {name: Chip(**facts) for name, facts in files.read_yaml(CHIPS_FILE).items()}
 
 
 def chip_of(device_name: str) -> Chip | None:
@@ -144,35 +128,6 @@ def checkpoint_bytes(cfg: ModelConfig) -> int:
     return 3 * 4 * parameters(cfg)
 
 
-def activation_bytes_per_token(
-    cfg: ModelConfig,
-    element_bytes: int = 2,
-    recompute: str = "none",
-    tensor: int = 1,
-    context: int = 1,
-) -> int:
-    """What the blocks keep per token for the backward pass: in bf16 16d + 6f a block by `none`.
-
-    none: the input and output of both norms, q, k, v, the attention's output, gate, up and their
-    product. manual: without the outputs of norms and the product (12d + 4f). selective: the block's
-    input and the outputs of all seven matrix products and of attention (14d + 4f). full: the input.
-    Beside them one float32 number a head (attention) and a norm.
-
-    A tensor group shares them, but each of it has whole sequences of what its first products take,
-    and selective of what its last give. Processes of a sequence keep the attention's output in two
-    pieces and once more in one, manual its own keys and values twice.
-    """
-    d, kv, f = cfg.dim, 2 * cfg.kv_heads * cfg.head_dim, cfg.hidden_dim
-    pieces = d * (context > 1)
-    elements, sums = {
-        "none": (4 * d + kv + 3 * f + pieces + 2 * d * tensor, cfg.n_heads + 2),
-        "manual": (4 * d + kv + 2 * f + pieces + kv * (context > 1), cfg.n_heads + 2),
-        "selective": (3 * d + kv + 2 * f + 2 * d * tensor, cfg.n_heads),
-        "full": (d, 0),
-    }[recompute]
-    return cfg.n_layers * (element_bytes * elements + 4 * sums)
-
-
 @dataclass(frozen=True)
 class Layout:
     """How a step is spread: what decides the bytes and the speed of one process.
@@ -211,13 +166,32 @@ class Layout:
         return self.shard * self.context
 
 
-def kept_by_blocks(cfg: ModelConfig, at: Layout, mode: str) -> int:
-    """Bytes that a block keeps for the backward pass in one process."""
-    e, t, c = at.element_bytes, at.tensor, at.context
+def kept_by_block(cfg: ModelConfig, at: Layout, mode: str) -> int:
+    """Bytes that a block keeps for the backward pass in one process: in bf16 16d + 6f a token by
+    `none`.
+
+    none: the input and output of both norms, q, k, v, the attention's output, gate, up and their
+    product. manual: without the outputs of norms and the product (12d + 4f). selective: the block's
+    input and the outputs of all seven matrix products and of attention (14d + 4f). full: the input.
+    Beside them one float32 number a head (attention) and a norm.
+
+    A tensor group shares them, but each of it has whole sequences of what its first products take,
+    and selective of what its last give. Processes of a sequence keep the attention's output in two
+    pieces and once more in one, manual its own keys and values twice.
+    """
+    e, divided = at.element_bytes, at.context > 1
+    d, kv, f = cfg.dim, 2 * cfg.kv_heads * cfg.head_dim, cfg.hidden_dim
+    whole, pieces = 2 * d * at.tensor, d * divided
+    elements, sums = {
+        "none": (4 * d + kv + 3 * f + pieces + whole, cfg.n_heads + 2),
+        "manual": (4 * d + kv + 2 * f + pieces + kv * divided, cfg.n_heads + 2),
+        "selective": (3 * d + kv + 2 * f + whole, cfg.n_heads),
+        "full": (d, 0),
+    }[mode]
     # sdpa takes a mask where there are more keys than queries: those of the second piece
-    mask = e * at.seq_len**2 // (2 * c) if c > 1 and mode in ("none", "manual") else 0
-    each = activation_bytes_per_token(cfg, e, mode, t, c) // cfg.n_layers
-    return each * at.tokens // t + mask
+    masked = divided and mode in ("none", "manual")
+    mask = e * at.seq_len**2 // (2 * at.context) if masked else 0
+    return (e * elements + 4 * sums) * at.tokens // at.tensor + mask
 
 
 def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
@@ -238,7 +212,7 @@ def modes(cfg: ModelConfig, at: Layout) -> list[str]:
     L = cfg.n_layers
     if at.recompute != "budget":
         return [at.recompute] * L
-    none, manual, full = (kept_by_blocks(cfg, at, mode) for mode in ("none", "manual", "full"))
+    none, manual, full = (kept_by_block(cfg, at, mode) for mode in ("none", "manual", "full"))
     room = max(0, at.budget - kept_by_the_rest(cfg, at) - L * full)
     by_hand = min(L, room // max(1, manual - full))
     plain = min(by_hand, (room - by_hand * (manual - full)) // max(1, none - manual))
@@ -247,7 +221,7 @@ def modes(cfg: ModelConfig, at: Layout) -> list[str]:
 
 def kept(cfg: ModelConfig, at: Layout) -> int:
     """Bytes between the forward and the backward pass that only the latter needs."""
-    blocks = sum(kept_by_blocks(cfg, at, mode) for mode in modes(cfg, at))
+    blocks = sum(kept_by_block(cfg, at, mode) for mode in modes(cfg, at))
     return blocks + kept_by_the_rest(cfg, at)
 
 
@@ -264,12 +238,12 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     block_share, root_share = (_count(part.values(), n) for part in shapes(cfg, t))
     share = L * block_share + root_share
     d, f, head = cfg.dim, cfg.hidden_dim, (cfg.vocab_size or 0) * cfg.dim // t
-    each, whole = modes(cfg, at), kept_by_blocks(cfg, at, "none")
+    each, whole = modes(cfg, at), kept_by_block(cfg, at, "none")
     if at.context > 1 and "manual" in each:
         # its own keys and values, and their gradients beside those of all
         whole += 4 * e * cfg.kv_heads * cfg.head_dim * tokens // t
     # by the blocks before the i-th
-    kept = [0, *accumulate(kept_by_blocks(cfg, at, mode) for mode in each)]
+    kept = [0, *accumulate(kept_by_block(cfg, at, mode) for mode in each)]
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
     # travel; a single process in float32 does without it
     copies, travels = at.gpus > 1 or e < 4, n > 1

@@ -292,6 +292,17 @@ class LineWriter:
         self._manager.__exit__(kind, *rest)
 
 
+def source_folders(documents: Path) -> list[str]:
+    """Names of the folders of a command's `--input`, each a source of documents."""
+    if not documents.is_dir():
+        raise UserError(f"--input {documents} is no folder")
+    folders = (path.name for path in documents.iterdir() if path.is_dir())
+    names = sorted(name for name in folders if not name.startswith("."))
+    if not names:
+        raise UserError(f"--input {documents} holds no folder of documents per source")
+    return names
+
+
 def document_files(folder: str | Path) -> list[Path]:
     """Files of documents anywhere below a folder, by name.
 

@@ -69,12 +69,10 @@ def covered(spans: Iterable[Span], low: int, high: int) -> int:
 
 def read(path: Path) -> list[Step]:
     """The steps of a trace. Raises `UserError` where it is cut off or holds none."""
-    try:
-        with gzip.open(path) as file:
-            events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
+    broken = OSError, EOFError, zlib.error, ValueError, KeyError, TypeError
+    with cli.as_user_error(f"{path} is not a whole Chrome trace", *broken), gzip.open(path) as file:
+        events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
         found = list(steps(events))
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a whole Chrome trace: {error}") from None
     if not found:
         raise UserError(f"{path} holds no step of train.py")
     return found
@@ -167,7 +165,7 @@ def show(rank: int, found: list[Step]) -> Iterator[str]:
         yield cli.table((f"rank {rank}, ms", *columns), rows)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     parser = cli.parser("python -m llama.trace", "Where the time of recorded steps went.")
     parser.add_argument("run", type=Path, help="A run folder.")
     run = parser.parse_args(argv).run
@@ -177,7 +175,6 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
     for (rank, *_), path in traces:
         print("\n\n".join(show(rank, read(path))) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 
 from llama import costs
 from llama.config import ModelConfig
+from llama.costs import Layout
 
 # dim 2048, 24 layers, F = 5632 (2/3 of 8192 is 5461, up to the next 256)
 LLAMA_1B = ModelConfig(dim=2048, n_layers=24, n_heads=16, vocab_size=32000)
@@ -55,15 +56,14 @@ def test_activations_by_hand() -> None:
     cfg = ModelConfig(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, ffn_dim=100, vocab_size=10)
     # 64 each: inputs and outputs of two norms, q, attention's output; 16 of k and of v; 3 F; and a
     # float32 a head and a norm
-    assert costs.activation_bytes_per_token(cfg) == 2 * (2 * (6 * 64 + 2 * 16 + 300) + 4 * 10)
-    assert costs.activation_bytes_per_token(cfg, 4, "full") == 2 * 4 * 64
+    assert costs.kept_by_block(cfg, Layout(1), "none") == 2 * (6 * 64 + 2 * 16 + 300) + 4 * 10
+    assert costs.kept_by_block(cfg, Layout(1, element_bytes=4), "full") == 4 * 64
 
 
 @pytest.mark.parametrize(("mode", "d", "f"), [("none", 16, 6), ("manual", 12, 4)])
 def test_activations_of_7b_are_those_of_the_text_books(mode: str, d: int, f: int) -> None:
     sums = 4 * (32 + 2)
-    expected = 32 * (d * 4096 + f * 11008 + sums)
-    assert costs.activation_bytes_per_token(LLAMA_7B, recompute=mode) == expected
+    assert costs.kept_by_block(LLAMA_7B, Layout(1), mode) == d * 4096 + f * 11008 + sums
 
 
 def test_a_tensor_group_divides_all_matrices_and_no_gain() -> None:

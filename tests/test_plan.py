@@ -258,11 +258,12 @@ def run_config(name: str = "llama_65b", **parallel: Any) -> Config:
 
 @pytest.mark.parametrize("name", ["llama_7b", "llama_65b"])
 def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
-    plans = layouts.ranked(run_config(name), 2048, A100, 0.78)
+    cfg = run_config(name)
+    plans = layouts.ranked(cfg, 2048, A100, 0.78)
     assert plans[0].step.tokens_per_s >= plans[-1].step.tokens_per_s
     for plan in plans:
         at = plan.layout
-        assert at.gpus == 2048 and layouts.fits(plan, A100)
+        assert at.gpus == 2048 and layouts.fits(cfg, at, A100.memory)
         assert 2048 % (at.replicate * at.shard) == 0 == 64 % at.tensor == 2048 % at.context
         sizes = {k: getattr(at, k) for k in ("replicate", "shard", "tensor", "context")}
         assert resolve(run_config(**sizes), 2048).gpus == 2048
@@ -325,7 +326,7 @@ def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:
     assert found
     cfg.train.micro_batch = int(found[1])
     cfg.parallel.recompute = found[2]  # type: ignore[assignment]
-    assert layouts.fits(layouts.configured(cfg, 8, A100, 0.78), A100)
+    assert layouts.fits(cfg, layouts.configured(cfg, 8, A100, 0.78).layout, A100.memory)
     with pytest.raises(UserError, match="16 GPUs of parallel.shard 16 takes"):
         layouts.configured(run_config("llama_65b", shard=8), 8, A100, 0.78)
 

@@ -97,11 +97,7 @@ class Sample:
 
 def find_sources(folder: Path, weights: dict[str, float] | None) -> dict[str, list[Path]]:
     """Document files of the sources to learn from; `UserError` for one that has none."""
-    if not folder.is_dir():
-        raise UserError(f"--input {folder} is no folder")
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if not there:
-        raise UserError(f"--input {folder} holds no folder of documents per source")
+    there = files.source_folders(folder)
     found = {name: files.document_files(folder / name) for name in sorted(weights or there)}
     for name, paths in found.items():
         if not paths:

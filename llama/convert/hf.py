@@ -147,20 +147,13 @@ def config_json(source: Source) -> dict[str, Any]:
 
 def card(source: Source, tokenizer: Tokenizer, license: str | None) -> str:
     """The model card: what the weights are, and their data, tokens and licence."""
-    cfg, size = source.cfg, show_count(source.n_parameters)
     terms = "The weights may be used as far as their author and the sources' licences allow."
     if license:
         terms = f"The weights are published under: {license}."
     template = Path(__file__).with_name("card.md").read_text()
-    return template.format(
-        license=license or "other",
-        size=size,
-        cfg=cfg,
-        context=source.context,
-        data=_data(source),
-        tokenizer=tokenizer,
-        terms=terms,
-    )
+    facts = {"source": source, "tokenizer": tokenizer, "data": _data(source), "terms": terms}
+    size = show_count(source.n_parameters)
+    return template.format(license=license or "other", size=size, **facts)
 
 
 def _data(source: Source) -> str:

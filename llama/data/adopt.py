@@ -88,14 +88,10 @@ def main(argv: list[str]) -> None:
     p.add_argument("--input", type=str, required=True, help="the files without .bin and .idx")
     p.add_argument("--tokenizer", type=str, required=True, help="folder of tokenizer.model")
     p.add_argument("--output", type=str, required=True, help="the source's folder in tokens/")
-    p.add_argument(
-        "--valid_per_10k", type=int, default=writer.VALID_PER_10K, help="held-out documents"
-    )
-    p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
+    writer.add_arguments(p)
     args = p.parse_args(argv)
-    writer.check_options(args.valid_per_10k, args.shard_tokens)
-    prefix, output, tokens = Path(args.input), Path(args.output), cli.count(args.shard_tokens)
-    counts = adopt(prefix, args.tokenizer, output, args.valid_per_10k, tokens)
+    how = writer.division(args)
+    counts = adopt(Path(args.input), args.tokenizer, Path(args.output), *how)
     print(f"{counts['documents']} documents, {counts['empty']} of them empty and left out")
     print(f"BOS added to {counts['bos_added']}, EOS to {counts['eos_added']}")
     if counts["eos_inside"]:

@@ -4,9 +4,7 @@ In: lengths of documents, or an ``.idx`` made here or by Megatron-LM. Out: an in
 numbers checked against one another and against the size of the file. The data of §2.1.
 """
 
-import hashlib
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,12 +71,11 @@ class Index:
         return ends[self.documents]
 
 
-def write_index(path: Path, dtype: Dtype, lengths: Iterable[int], limit: int) -> str:
-    """Write the ``.idx`` of documents of these lengths; returns its sha256.
+def write_index(path: Path, dtype: Dtype, tokens: NDArray[np.int64], limit: int) -> None:
+    """Write the ``.idx`` of documents of so many tokens.
 
     A document longer than ``limit`` is several sequences of one document.
     """
-    tokens = np.fromiter(lengths, np.int64)
     pieces = np.maximum(1, -(-tokens // limit))
     documents = np.concatenate([[0], np.cumsum(pieces)]).astype("<i8")
     sequences = np.full(documents[-1], limit, np.int64)
@@ -90,7 +87,6 @@ def write_index(path: Path, dtype: Dtype, lengths: Iterable[int], limit: int) ->
     data += sequences.astype("<i4").tobytes() + pointers.astype("<i8").tobytes()
     data += documents.tobytes()
     files.write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
 
 
 def read_index(path: Path, whole: bool = True) -> Index:

@@ -63,30 +63,22 @@ def layout(weights: tuple[int, ...]) -> tuple[Ints, Ints]:
     is due at (j+1)·P/w_i. Any schedule that keeps these dates has |count_i(n) - n·w_i/P| < 1 at
     every prefix n, and this one always does (Tijdeman's chairman assignment, 1980).
     """
-    w = np.array(weights, np.int64)
-    total = int(w.sum())
-    source = np.repeat(np.arange(len(w)), w)
-    job = np.arange(total) - (np.cumsum(w) - w)[source]
-    whole, rest = np.divmod((job + 1) * total, w[source])
+    total = sum(weights)
     # Two different due dates are at least 1/(w_a·w_b) >= 2**-32 apart: 33 binary places keep order.
-    due = (whole << 33) + (rest << 33) // w[source]
-    by_due = np.lexsort((source, due))
-    priority = np.empty(total, np.int64)
-    priority[by_due] = np.arange(total)
-    release = job * total // w[source]
-    by_release = np.argsort(release, kind="stable")
-    waiting = priority[by_release].tolist()
-    released = np.searchsorted(release[by_release], np.arange(total), side="right").tolist()
-    ready: list[int] = []
-    chosen = []
-    begin = 0
-    for end in released:
-        for entry in waiting[begin:end]:
-            heapq.heappush(ready, entry)
-        begin = end
-        chosen.append(heapq.heappop(ready))
-    jobs = by_due[chosen]
-    return source[jobs], job[jobs]
+    jobs = sorted(
+        (j * total // w, ((j + 1) * total << 33) // w, i, j)
+        for i, w in enumerate(weights)
+        for j in range(w)
+    )
+    ready: list[tuple[int, int, int]] = []
+    chosen, released = [], 0
+    for slot in range(total):
+        while released < total and jobs[released][0] <= slot:
+            heapq.heappush(ready, jobs[released][1:])
+            released += 1
+        chosen.append(heapq.heappop(ready)[1:])
+    source, job = np.array(chosen, np.int64).T.copy()
+    return source, job
 
 
 def _mix(x: Words) -> Words:

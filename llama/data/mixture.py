@@ -59,8 +59,7 @@ def parse_counts(text: str) -> dict[str, int]:
         if not equals or not name.strip():
             raise UserError(f"--source_tokens: {part!r} is not of the form source=175B")
         counts[name.strip()] = n = cli.count(value)
-        if n <= 0:
-            raise UserError(f"--source_tokens: {name.strip()} has {n} tokens, expected more than 0")
+        cli.expect(n > 0, f"--source_tokens: {name.strip()} has {n} tokens", "more than 0")
     return counts
 
 

@@ -50,16 +50,11 @@ class Inputs(NamedTuple):
 
 def source_names(documents: Path) -> list[str]:
     """Folders of the input, each a source that holds documents."""
-    if not documents.is_dir():
-        raise UserError(f"--input {documents} is no folder")
-    folders = (path for path in documents.iterdir() if path.is_dir())
-    names = sorted(path.name for path in folders if not path.name.startswith("."))
+    names = files.source_folders(documents)
     for name in names:
         if not files.document_files(documents / name):
             known = " or ".join(files.DOCUMENT_SUFFIXES)
             raise UserError(f"{documents / name} holds no {known}")
-    if not names:
-        raise UserError(f"--input {documents} holds no folder of documents per source")
     return names
 
 
@@ -190,9 +185,7 @@ def finish(source: Source, plan: Record, records: Sequence[Record], limit: float
     """Write the manifests, unless too many documents were skipped."""
     folder = source.tokens
     read = sum(record["read"] for record in records)
-    reasons = Counter[str]()
-    for record in records:
-        reasons.update(record["skipped"])
+    reasons = sum((Counter(record["skipped"]) for record in records), Counter[str]())
     listed = [line for record in records for line in record["listed"]]
     why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
     if reasons:
@@ -272,20 +265,16 @@ def main(argv: list[str]) -> None:
     p.add_argument("--tokenizer", type=str, required=True, help="folder of tokenizer.model")
     p.add_argument("--output", type=str, required=True, help="folder of token shards to make")
     executors.add_arguments(p)
-    p.add_argument(
-        "--valid_per_10k", type=int, default=writer.VALID_PER_10K, help="held-out documents"
-    )
-    p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
+    writer.add_arguments(p)
     p.add_argument("--skip_limit", type=float, default=0.01, help="share of bad documents allowed")
     args = p.parse_args(argv)
-    writer.check_options(args.valid_per_10k, args.shard_tokens)
+    how = writer.division(args)
     executor = executors.from_arguments(args)
     expect(0 <= args.skip_limit <= 1, f"--skip_limit is {args.skip_limit}", "a share from 0 to 1")
-    names = source_names(Path(args.input))
+    documents, tokens = Path(args.input), Path(args.output)
+    names = source_names(documents)
     model, _, vocabulary = writer.open_tokenizer(args.tokenizer)
-    shared = model, vocabulary, args.valid_per_10k, cli.count(args.shard_tokens)
-    tokens = Path(args.output)
-    sources = [Source(Path(args.input, name), tokens / name, *shared) for name in names]
+    sources = [Source(documents / name, tokens / name, model, vocabulary, *how) for name in names]
     try:
         with only_one(tokens):
             writer.place_tokenizer(model, tokens)

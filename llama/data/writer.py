@@ -58,10 +58,8 @@ def open_tokenizer(path: str | Path) -> tuple[Path, Tokenizer, Vocabulary]:
         tokenizer = Tokenizer(model)
     except ValueError as error:
         raise UserError(str(error)) from error
-    vocabulary = Vocabulary(
-        tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
-    )
-    return model, tokenizer, vocabulary
+    facts = tokenizer.sha256, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id
+    return model, tokenizer, Vocabulary(*facts)
 
 
 def place_tokenizer(model: Path, tokens_folder: Path) -> None:
@@ -76,9 +74,19 @@ def place_tokenizer(model: Path, tokens_folder: Path) -> None:
         )
 
 
-def check_options(valid_per_10k: int, shard_tokens: str) -> None:
-    expect(0 <= valid_per_10k < 10_000, f"--valid_per_10k is {valid_per_10k}", "0 to 9999")
-    expect(cli.count(shard_tokens) >= 1, f"--shard_tokens is {shard_tokens}", "more than 0")
+def add_arguments(p: cli.Parser) -> None:
+    """How documents are divided, for the commands that make shards."""
+    held_out = "held-out documents"
+    p.add_argument("--valid_per_10k", type=int, default=VALID_PER_10K, help=held_out)
+    p.add_argument("--shard_tokens", type=str, default="1B", help="about this many per shard")
+
+
+def division(args: Any) -> tuple[int, int]:
+    """(documents of 10,000 that are held out, tokens of a shard) as given, each in its range."""
+    held_out, shard_tokens = args.valid_per_10k, cli.count(args.shard_tokens)
+    expect(0 <= held_out < 10_000, f"--valid_per_10k is {held_out}", "0 to 9999")
+    expect(shard_tokens >= 1, f"--shard_tokens is {args.shard_tokens}", "more than 0")
+    return held_out, shard_tokens
 
 
 class ShardWriter:
@@ -147,31 +155,23 @@ class ShardWriter:
         lengths = np.array(self._lengths, np.int64)
         sizes = lengths * dtype.itemsize
         places = np.cumsum(sizes) - sizes
-        digest = hashlib.sha256()
         with files.atomic_file(f"{base}.bin") as out:
             for place, size in zip(
                 places[documents].tolist(), sizes[documents].tolist(), strict=True
             ):
                 self._spool.seek(place)
-                data = self._spool.read(size)
-                digest.update(data)
-                out.write(data)
+                out.write(self._spool.read(size))
         with files.LineWriter(f"{base}.ids.zst") as lines:
             for document in documents.tolist():
                 lines.write(self._ids[document])
-        hashes = np.array(self._hashes, "<u8")[documents].tobytes()
-        files.write_atomic(f"{base}.hash", hashes)
+        files.write_atomic(f"{base}.hash", np.array(self._hashes, "<u8")[documents].tobytes())
+        write_index(Path(f"{base}.idx"), dtype, lengths[documents], self.max_sequence)
         return {
             "name": self.name,
             "documents": len(documents),
             "tokens": int(lengths[documents].sum()),
             "text_bytes": int(np.array(self._text_bytes, np.int64)[documents].sum()),
-            "sha256": digest.hexdigest(),
-            "idx_sha256": write_index(
-                Path(f"{base}.idx"), dtype, lengths[documents].tolist(), self.max_sequence
-            ),
-            "ids_sha256": files.sha256(f"{base}.ids.zst"),
-            "hash_sha256": hashlib.sha256(hashes).hexdigest(),
+            **{key: files.sha256(f"{base}{suffix}") for suffix, key in SUFFIXES.items()},
         }
 
 

@@ -50,11 +50,7 @@ def place(cfg: ParallelConfig, device_type: str) -> Place:
     """Make the groups of a layout; all processes call it together."""
     n = layout.sizes(cfg, dist.get_world_size())
     data_size, rank = n["replicate"] * n["shard"], dist.get_rank()
-    dims = {
-        "replicate": n["replicate"],
-        "shard": n["shard"] * n["context"],
-        "tensor": n["tensor"],
-    }
+    dims = {"replicate": n["replicate"], "shard": n["shard"] * n["context"], "tensor": n["tensor"]}
     dims = {name: size for name, size in dims.items() if size > 1 or name == "shard"}
     group = None
     if n["context"] > 1:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llama import cli, config, costs
-from llama.cli import UserError, show_bytes, show_count
+from llama.cli import expect, show_bytes, show_count
 from llama.config import Config
 from llama.costs import CHIPS, Chip
 from llama.plan import layouts, published, speed
@@ -42,9 +42,8 @@ def ranking(plans: list[Plan], cfg: Config) -> str:
         days = cfg.train.tokens / (plan.step.tokens_per_s * at.gpus * 86400)
         recompute = at.recompute + f" {show_bytes(at.budget)}" * (at.recompute == "budget")
         layout = f"replicate {at.replicate} shard {at.shard}"
-        layout += f" tensor {at.tensor}" * (at.tensor > 1) + f" context {at.context}" * (
-            at.context > 1
-        )
+        layout += f" tensor {at.tensor}" * (at.tensor > 1)
+        layout += f" context {at.context}" * (at.context > 1)
         rows.append(
             (
                 f"{plan.step.tokens_per_s:,.0f}", f"{100 * causal:.1f}%", f"{100 * palm:.1f}%",
@@ -97,7 +96,7 @@ def report(cfg: Config, gpus: int, gpu: str, stack: str, explain: bool) -> Itera
     yield "the best of each kind\n" + ranking(found, cfg)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     parser = config.parser("python -m llama.plan")
     parser.add_argument("--gpus", type=int, default=8, help="How many there are.")
     parser.add_argument("--gpu", default="a100-80g", help=f"Their kind: {', '.join(CHIPS)}.")
@@ -107,18 +106,14 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     if given.fit:
         print(f"{published.table()}\n\n{published.paper_table()}")
-        return 0
+        return
     cfg = config.load(argv, parser)
-    if given.gpu not in CHIPS:
-        raise UserError(f"--gpu is {given.gpu!r}, expected one of {', '.join(CHIPS)}")
-    stack = given.stack or published.usual(given.gpu)
-    if stack not in (known := published.tables()["stacks"]):
-        raise UserError(f"--stack is {stack!r}, expected one of {', '.join(known)}")
-    if given.gpus < 1:
-        raise UserError(f"--gpus is {given.gpus}, expected 1 or more")
+    expect(given.gpu in CHIPS, f"--gpu is {given.gpu!r}", f"one of {', '.join(CHIPS)}")
+    stack, known = given.stack or published.usual(CHIPS[given.gpu]), published.tables()["stacks"]
+    expect(stack in known, f"--stack is {stack!r}", f"one of {', '.join(known)}")
+    expect(given.gpus >= 1, f"--gpus is {given.gpus}", "1 or more")
     cfg.model.vocab_size = cfg.model.vocab_size or 32_000
     print("\n\n".join(report(cfg, given.gpus, given.gpu, stack, given.explain)))
-    return 0
 
 
 if __name__ == "__main__":

@@ -39,9 +39,8 @@ def spread(cfg: Config, processes: int) -> str:
             dist.destroy_process_group()
     rows = []
     for name, size in [*planned.items(), ("together", sum(planned.values()))]:
-        rows.append(
-            (name, show_bytes(size), *(show_bytes(h[name]) if name in h else "" for h in held))
-        )
+        found = (show_bytes(h[name]) if name in h else "" for h in held)
+        rows.append((name, show_bytes(size), *found))
     header = (f"fullest moment: {phase}", "planned", "rank 0", f"rank {processes - 1}")
     return cli.table(header, rows)
 

@@ -27,23 +27,14 @@ class Plan:
 
     layout: Layout
     step: speed.Step
-    phase: str
-    parts: dict[str, int]
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.parts.values())
+    bytes: int
 
 
 def evaluate(cfg: Config, at: Layout, chip: Chip, efficiency: float) -> Plan:
     passes = math.ceil(share(cfg, at) / at.micro_batch)
     at = with_micro_batch(cfg, at, at.micro_batch)
     step = speed.step(cfg.model, at, chip, efficiency, passes)
-    return Plan(at, step, *costs.peak(cfg.model, at))
-
-
-def fits(plan: Plan, chip: Chip) -> bool:
-    return plan.bytes <= ROOM * chip.memory
+    return Plan(at, step, costs.needed(cfg.model, at))
 
 
 def micro_batches(cfg: Config, at: Layout) -> list[int]:
@@ -53,18 +44,14 @@ def micro_batches(cfg: Config, at: Layout) -> list[int]:
 
 def fitting(cfg: Config, at: Layout, free_bytes: float, most: int) -> int:
     """The largest micro-batch, up to `most`, that is planned to fit; else 1."""
-    found = 1
-    for n in divisors(share(cfg, at)):
-        larger = with_micro_batch(cfg, at, n)
-        fits = costs.needed(cfg.model, larger) <= ROOM * free_bytes
-        if n <= most and fits and _keeps(cfg, larger):
-            found = n
-    return found
+    sizes = [n for n in divisors(share(cfg, at)) if n <= most]
+    return max((n for n in sizes if fits(cfg, with_micro_batch(cfg, at, n), free_bytes)), default=1)
 
 
-def _keeps(cfg: Config, at: Layout) -> bool:
-    """Whether what is kept for the backward pass is within the budget, if there is one."""
-    return at.recompute != "budget" or costs.kept(cfg.model, at) <= at.budget
+def fits(cfg: Config, at: Layout, free_bytes: float) -> bool:
+    """Whether a step fits, and what is kept for the backward pass into the budget, if any."""
+    keeps = at.recompute != "budget" or costs.kept(cfg.model, at) <= at.budget
+    return keeps and costs.needed(cfg.model, at) <= ROOM * free_bytes
 
 
 def refuse(cfg: Config, processes: int, device_name: str) -> None:
@@ -87,7 +74,7 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         evaluate(cfg, replace(at, micro_batch=n), chip, efficiency)
         for n in (micro_batches(cfg, at) if auto else [at.micro_batch])
     ]
-    good = [plan for plan in plans if fits(plan, chip) and _keeps(cfg, plan.layout)]
+    good = [plan for plan in plans if fits(cfg, plan.layout, chip.memory)]
     if good:
         return max(good, key=lambda plan: plan.step.tokens_per_s)
     least = plans[0]
@@ -103,8 +90,7 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         replicate = at.replicate >> n if at.replicate % (1 << n) == 0 else at.replicate
         larger = replace(at, shard=at.shard << n, replicate=replicate)
         tried += [replace(larger, recompute=mode) for mode in (at.recompute, "full")]
-    fit = (x for x in tried if costs.needed(cfg.model, x) <= ROOM * chip.memory and _keeps(cfg, x))
-    found = next(fit, None)
+    found = next((x for x in tried if fits(cfg, x, chip.memory)), None)
     offer = "nothing fits: take a larger parallel.tensor"
     if found:
         more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.shard > at.shard)
@@ -155,7 +141,8 @@ def ranked(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> list[Plan]:
                         continue
                 plan = evaluate(cfg, option, chip, efficiency)
                 kind = mode, at.tensor, at.context
-                if fits(plan, chip) and (kind not in best or _order(plan) < _order(best[kind])):
+                better = kind not in best or _order(plan) < _order(best[kind])
+                if better and plan.bytes <= ROOM * chip.memory:
                     best[kind] = plan
     return sorted(best.values(), key=_order)
 
@@ -170,9 +157,7 @@ def expected(cfg: Config, micro_batch: int, gpus: int, device_name: str) -> dict
     `planned_tokens_per_s_gpu`, at the efficiency that is assumed for it."""
     at = with_micro_batch(cfg, resolve(cfg, gpus, device_name != "cpu"), micro_batch)
     found = {"planned_memory_gib": costs.needed(cfg.model, at) / 2**30}
-    name = next((key for key, chip in costs.CHIPS.items() if chip.driver == device_name), None)
-    if name:
-        efficiency = published.efficiency(published.usual(name))
-        plan = evaluate(cfg, at, costs.CHIPS[name], efficiency)
-        found["planned_tokens_per_s_gpu"] = plan.step.tokens_per_s
+    if chip := costs.chip_of(device_name):
+        efficiency = published.efficiency(published.usual(chip))
+        found["planned_tokens_per_s_gpu"] = evaluate(cfg, at, chip, efficiency).step.tokens_per_s
     return found

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llama import files
 from llama.config import ModelConfig
-from llama.costs import CHIPS, Layout
+from llama.costs import CHIPS, Chip, Layout
 from llama.plan import speed
 
 
@@ -80,10 +80,7 @@ def table() -> str:
 
 def paper_table() -> str:
     """The paper's runs beside the plan of one layout, shown and not judged; energy by its §6."""
-    rows = [
-        "| model | GPU hours | tok/s/GPU | planned | off by | MWh | tCO2eq |",
-        "|---" * 7 + "|",
-    ]
+    rows = ["| model | GPU hours | tok/s/GPU | planned | off by | MWh | tCO2eq |", "|---" * 7 + "|"]
     layout, chip = Layout(2048, shard=128, replicate=16), CHIPS["a100-80g"]
     for name, (hours, tokens, _, _) in tables()["paper"].items():
         theirs = tokens / hours / 3600
@@ -94,6 +91,6 @@ def paper_table() -> str:
     return "\n".join(rows)
 
 
-def usual(chip: str) -> str:
+def usual(chip: Chip) -> str:
     """The stack nearest to this project's, on the nearest chip: FSDP2 on an A100, else FSDP."""
-    return "torchtitan/a100" if chip.startswith("a100") else "fms-fsdp/h100"
+    return "torchtitan/a100" if "A100" in chip.driver else "fms-fsdp/h100"

@@ -171,9 +171,9 @@ def mixture(run: Run) -> list[Markup]:
 
 def samples(run: Run, count: int) -> Iterator[Markup]:
     print(f"drawing samples from {run.folder}", file=sys.stderr)
-    for sample in reading.samples(run, count):
-        yield soft(f"after {sample.source}")
-        yield tag("pre", tag("i", sample.prompt), sample.text)
+    for source, prompt, text in reading.samples(run, count):
+        yield soft(f"after {source}")
+        yield tag("pre", tag("i", prompt), text)
 
 
 def extracts(run: Run) -> list[Markup]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -199,16 +199,8 @@ def extracts(run: Run) -> Iterator[tuple[int, Passage, str]]:
 # -- samples ---------------------------------------------------------------------------------------
 
 
-class Sample(NamedTuple):
-    """The beginning of a held-out document and how the model goes on."""
-
-    source: str
-    prompt: str
-    text: str
-
-
-def samples(run: Run, count: int) -> list[Sample]:
-    """Short generations of the newest checkpoint, after beginnings of held-out documents.
+def samples(run: Run, count: int) -> Iterator[tuple[str, str, str]]:
+    """(source, beginning of a held-out document, how the newest checkpoint goes on), short ones.
 
     Raises `UserError` where checkpoint or tokenizer are missing or damaged, or it would take long.
     """
@@ -229,11 +221,9 @@ def samples(run: Run, count: int) -> list[Sample]:
     how: dict[str, Any] = {"temperature": TEMPERATURE, "top_p": TOP_P, "eos_id": pieces.eos_id}
     most = min(SAMPLE_TOKENS, context - max(map(len, prompts)))
     drawn = zip(*generate.generate(model, prompts, most, **how), strict=True)
-    found = []
     for (source, _), prompt, ids in zip(beginnings, prompts, drawn, strict=True):
         text = generate.Text(pieces, prompt[1:], ())
-        found.append(Sample(source, text.prompt, "".join(map(text.add, (*ids, None))).rstrip()))
-    return found
+        yield source, text.prompt, "".join(map(text.add, (*ids, None))).rstrip()
 
 
 def _prompts(run: Run, bos_id: int, count: int) -> Iterator[tuple[str, list[int]]]:
