@@ -269,11 +269,19 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
 
     last = 2 * e * d * tokens // t
     in_loss = last // 2 + 4 * head + logits
-    loss_holds = e * (copies * (root + (not at.reshard) * L * block) + travels * block)
-    phase("loss", waits * 4 * (L * block + root), kept[L] + last, loss_holds, in_loss)
+    there = waits * 4 * (L * block + root)
+    stay, arrives = e * copies * (root + (not at.reshard) * L * block), travels * e * block
+    # where blocks stay, only the first micro-batch gathers any, and no gradients are there then
+    before = 0 if at.reshard or not at.accumulates else there or 4 * share
+    if not at.reshard:
+        held = stay + max(0, at.prefetch * arrives - before)
+        phase("last block, forward pass", there, kept[L - 1], held, e * d * tokens // t)
+    loss_holds = stay + max(0, arrives - before)
+    phase("loss", there, kept[L] + last, loss_holds, in_loss)
     # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
     inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
-    inside = max(inside + e * d * f // t, e * block + e * tokens * d // t)
+    # those that wait in float32 take each fresh one in at once
+    inside = max(inside + e * d * f // t, max(fresh * block, e * d * f // t) + e * tokens * d // t)
     if t > 1:
         # gradients of whole sequences, of both products and their sum, before they are divided
         inside = max(inside, whole + e * tokens * (3 * d - f // t))
@@ -283,13 +291,16 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         kv = 2 * cfg.kv_heads * cfg.head_dim * at.context
         there = e * (3 * d * f + d * d) // t
         inside = max(inside, whole + there + e * tokens * (d + 4 * kv - 3 * f) // t)
-    # the fullest moment is at an end, or where the mode changes
+    if "manual" in each:
+        # until its end a block by hand has the gradients of all of its matrices
+        inside = max(inside, whole + e * ((4 if fresh else 1) * d * f + 3 * d * tokens) // t)
+    # the fullest moment is at an end, where no more is fetched ahead, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
-    for i in sorted({i for i in (0, 1, L - 2, L - 1, *changes) if 0 <= i < L}):
+    for i in sorted({i for i in (0, 1, at.prefetch, L - 2, L - 1, *changes) if 0 <= i < L}):
         done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
         output = done * summed
         # without resharding all blocks stay for the next micro-batch, in the last one those to come
-        others = min(i, at.prefetch) if at.reshard else L - 1 if at.accumulates else i
+        others = min(i, at.prefetch * travels) if at.reshard else L - 1 if at.accumulates else i
         ahead = e * copies * (root + others * block)
         waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"
