@@ -5,6 +5,8 @@ resume, 1 anything else (with its traceback).
 """
 
 import difflib
+import io
+import os
 import re
 import sys
 import time
@@ -26,6 +28,11 @@ class UserError(ValueError):
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and exit with the project's codes."""
     try:
+        with as_user_error("the working folder is gone", FileNotFoundError):
+            os.getcwd()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # names that a terminal's encoding lacks must not end a command
+            sys.stdout.reconfigure(errors="backslashreplace")
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:

@@ -8,7 +8,7 @@ in order, then the options. Unknown keys fail with a suggestion. What a run used
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -344,13 +344,18 @@ def load(argv: Sequence[str], p: cli.Parser | None = None) -> Config:
     Raises `UserError` naming the key and the value for anything that cannot be trained.
     """
     argv = list(argv)
-    given = _options(argv, "--config")
+    given = values_of(argv, "--config")
     if not given and (default := CONFIGS / "quickstart.yaml").exists():
         given, argv = [str(default)], ["--config", str(default), *argv]
     for path in given:
         files.read_yaml(path)
     p = p or parser()
-    values = p.instantiate(p.parse_args(argv))
+    parsed = p.parse_args(argv)
+    for part in fields(Config):
+        value = parsed[part.name]
+        if is_dataclass(part.type) and isinstance(value, list | None):
+            raise UserError(f"{part.name} is {value!r}, expected its keys")
+    values = p.instantiate(parsed)
     cfg = Config(**{part.name: getattr(values, part.name) for part in fields(Config)})
     if isinstance(cfg.data.mixture, str):
         cfg.data.mixture = read_mixture(_beside(cfg.data.mixture, argv, given))
@@ -366,7 +371,7 @@ def of_run(run: Path) -> Config:
     return load(["--config", str(path)])
 
 
-def _options(argv: Sequence[str], name: str) -> list[str]:
+def values_of(argv: Sequence[str], name: str) -> list[str]:
     """The values of every `--name value` and `--name=value`."""
     words = [arg.split("=", 1) if arg.startswith("--") else [arg] for arg in argv]
     return [value for option, value in pairwise(chain(*words)) if option == name]
@@ -374,7 +379,7 @@ def _options(argv: Sequence[str], name: str) -> list[str]:
 
 def _beside(path: str, argv: Sequence[str], given: Sequence[str]) -> Path:
     """A file named in a YAML lies beside it; one named in an option, in the working folder."""
-    if not _options(argv, "--data.mixture"):
+    if not values_of(argv, "--data.mixture"):
         for file in reversed(given):
             named = files.read_yaml(file).get("data") or {}
             if named.get("mixture") == path:

@@ -8,6 +8,7 @@ part of a truncated file without a word; the readers here fail and name the file
 import errno
 import gzip
 import hashlib
+import math
 import os
 import platform
 import re
@@ -17,6 +18,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -33,6 +35,8 @@ ZSTD_CHUNK_BYTES = 1 << 12
 ZSTD_LEVEL = 3
 # A zstd frame may ask for a window of 2 GiB; ours need 8 MiB, downloaded ones rarely more than 128.
 ZSTD_MAX_WINDOW_BYTES = 1 << 27
+# Of a file, with what its anchors stand for.
+YAML_MAX_VALUES = 100_000
 DOCUMENT_SUFFIXES = (".jsonl.zst", ".jsonl.gz", ".jsonl")
 # What a corpus run keeps beside its documents, in the same formats.
 NO_DOCUMENTS = ("journal.jsonl", "quarantine.jsonl.zst")
@@ -168,7 +172,26 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 class _StrictYaml(yaml.SafeLoader):
-    """YAML in which a key given twice is an error instead of a silent last-one-wins."""
+    """YAML in which a key given twice is an error instead of a silent last-one-wins, and so are
+    anchors that stand for themselves or, nested, for more values than anybody has written.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, float] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        if node and not alias:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            every = chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+            # what is not finished yet is this node itself
+            self.sizes[node] = 1 + sum(self.sizes.get(part, math.inf) for part in every)
+            if self.sizes[node] > YAML_MAX_VALUES:
+                line = node.start_mark.line + 1
+                raise UserError(f"{self.name}:{line} repeats values without end by its anchors")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -184,11 +207,16 @@ class _StrictYaml(yaml.SafeLoader):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys of a YAML file; an unreadable file or a key given twice is a `UserError`."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             value = yaml.load(file, _StrictYaml)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply") from error
+    # a list as a key, a thirteenth month, a number of 5,000 digits
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         reason = re.sub(r"\s+", " ", str(error))
         raise UserError(f"{path} is not readable YAML: {reason}") from error
     if not isinstance(value, dict):

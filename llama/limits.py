@@ -9,6 +9,9 @@ from llama.cli import UserError
 
 AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
 SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
+# Far beyond any model: what a damaged or hostile file says must not be built first.
+SIZES = {f"model.{key}": 10**7 for key in "dim n_heads n_kv_heads vocab_size ffn_dim".split()}
+SIZES["model.n_layers"] = 10**4
 
 ROPE_SCALINGS = {
     "linear": ("factor",),
@@ -38,17 +41,22 @@ def check(cfg: dict[str, Any]) -> None:
         elif key in SHARES:
             top = 1 if "betas" not in key else 1 - 1e-9
             good, expected = 0 <= value <= top, "a share between 0 and 1"
+        elif key in SIZES:
+            top = SIZES[key]
+            good, expected = 0 < value <= top, f"more than 0, at most {top}"
         elif key == "guard.window":
             good, expected = value >= 16, "16 or more"
         elif key in AT_LEAST_ZERO or key == "guard.replicas_every":
-            good, expected = 0 <= value < math.inf, "0 or more"
+            good, expected = 0 <= value < 2**64, "0 or more, below 2^64"
         else:
             good, expected = 0 < value < math.inf, "more than 0"
         if not good:
             raise UserError(f"{key} is {value}, expected {expected}")
     m, d, t, p = cfg["model"], cfg["data"], cfg["train"], cfg["parallel"]
-    if not re.fullmatch(r"[\w][\w.+-]*", cfg["name"]):
-        raise UserError(f"name is {cfg['name']!r}, expected letters, digits, '.', '_' and '-' only")
+    name = cfg["name"]
+    if not re.fullmatch(r"[\w][\w.+-]*", name) or len(name.encode()) > 200:
+        expected = "200 bytes of letters, digits, '.', '_' and '-' at most"
+        raise UserError(f"name is {name!r}, expected {expected}")
     dim, heads, kv_heads = m["dim"], m["n_heads"], m["n_kv_heads"] or m["n_heads"]
     if dim % heads or (dim // heads) % 2:
         raise UserError(f"model.dim {dim} / model.n_heads {heads} gives no even, whole head size")

@@ -1,10 +1,15 @@
 """Weights of any format into a model, whole or sharded; and what is no format."""
 
+import io
+import json
 import os
+import pickle
 import random
 import shutil
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +30,7 @@ from llama import generate
 from llama.cli import UserError
 from llama.convert import load
 from llama.convert.load import load_weights
+from llama.corpus import guard
 from llama.model import Transformer
 from llama.runtime import checkpoint, world
 
@@ -219,3 +225,147 @@ def test_every_format_fills_a_sharded_model(place: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"loaded {len(SOURCES)}" in result.stdout
+
+
+# -- files made to harm ----------------------------------------------------------------------------
+
+
+def safetensors(header: object, body: bytes = b"", size: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + body
+
+
+def pth(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def packed(pickled: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    """What torch.save writes, of any bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("a/data.pkl", pickled)
+        archive.writestr("a/version", "3\n")
+    return file.getvalue()
+
+
+class Payload:
+    """Pickled, it makes a file when it is read."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, (str(self.sentinel),)
+
+
+def hostile(place: Path, sentinel: Path) -> Iterator[tuple[str, str, bytes]]:
+    """(format, file of it, bytes that replace it)."""
+    good = (place / "hf/model.safetensors.index.json").read_bytes()
+    shard = json.loads(good)["weight_map"]["model.norm.weight"]
+    data = (place / "hf" / shard).read_bytes()
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header, body = json.loads(data[8:end]), data[end:]
+    (first, second), whole = [name for name in header if name != "__metadata__"][:2], len(body)
+
+    def edited(name: str, **facts: object) -> bytes:
+        return safetensors({**header, name: header[name] | facts}, body)
+
+    for content in (
+        *(safetensors(header, body, size) for size in (2**63, 2**64 - 1, 2**40)),
+        # a million weights that no model has
+        safetensors(b'{"%s": 0}' % (b"x" * 60_000_000)),
+        edited(second, data_offsets=header[first]["data_offsets"]),
+        edited(first, data_offsets=[-1, 5]),
+        edited(first, data_offsets=[whole, 0]),
+        edited(first, data_offsets=[0, 2**63]),
+        edited(first, shape=[2**62, 2**62]),
+        safetensors(b"[" * 100_000),
+        safetensors(b'{"a":' * 100_000),
+        b"",
+        b"\1\2",
+    ):
+        yield "hf", shard, content
+    facts = json.loads((place / "hf/config.json").read_bytes())
+    for content in (b"[" * 100_000, b'{"a":' * 100_000, b"[1]", b"\xff", b'{"hidden_size": NaN}'):
+        yield "hf", "config.json", content
+        yield "meta", "params.json", content
+    for key, values in {
+        "num_hidden_layers": [2**31, 10**18, 0, -1, True, "x"],
+        "vocab_size": [2**62, 10**18, -1],
+        "intermediate_size": [2**62, 1.5],
+        "max_position_embeddings": [0, -1],
+    }.items():
+        for value in values:
+            yield "hf", "config.json", json.dumps({**facts, key: value}).encode()
+    for name in ("../x.safetensors", "/etc/passwd", ".", 5, None, [1], "x" * 5000, "a\0b"):
+        index = json.dumps({"weight_map": {"model.norm.weight": name}})
+        yield "hf", "model.safetensors.index.json", index.encode()
+    params = json.loads((place / "meta/params.json").read_bytes())
+    for value in (2**31, 10**18, 0):
+        yield "meta", "params.json", json.dumps({**params, "n_layers": value}).encode()
+    weights = torch.load(place / "meta/consolidated.00.pth", weights_only=True)
+    norm = torch.ones(48)
+    for content in (
+        pth({"a": Payload(sentinel)}),
+        pickle.dumps({"a": Payload(sentinel)}),
+        packed(pickle.dumps(Payload(sentinel))),
+        packed(b"\x80\x02" + bytes(1 << 28), zipfile.ZIP_DEFLATED),
+        # a place of the memo that was never filled, and a number cut off
+        packed(b"\x80\x02r\xff\xff\xff\x7f."),
+        packed(b"\x80\x02\x8a\xff."),
+        packed(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."),
+        pth([1]),
+        pth({**weights, "norm.weight": norm.to_sparse()}),
+        pth({**weights, "norm.weight": norm.to("meta")}),
+        pth({**weights, "norm.weight": norm[:1].expand(10**12)}),
+        pth({**weights, 1: norm}),
+        b"",
+        os.urandom(5000),
+    ):
+        yield "meta", "consolidated.00.pth", content
+
+
+@pytest.mark.faults
+def test_weights_made_to_harm_are_refused(
+    place: Path, tmp_path: Path, rng: random.Random, scale: Callable[[int, int], int], score
+) -> None:
+    """In a child with a deadline and a bound on its memory: refused, or read as they are."""
+    cases = list(hostile(place, tmp_path / "escaped"))
+    must = len(cases)
+    for number in range(scale(20, 400)):
+        kind, name = rng.choice([("meta", "consolidated.00.pth"), ("hf", "model.safetensors")])
+        path = next((place / kind).glob(name.replace(".safetensors", "-*.safetensors")))
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.randrange(1, 6)):
+            at = rng.randrange(2000) if number % 3 else -1 - rng.randrange(2000)
+            data[at] ^= 1 << rng.randrange(8)
+        cases.append((kind, path.name, bytes(data)))
+
+    def read(number: int) -> str:
+        kind, name, data = cases[number]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for path in (place / kind).iterdir():
+            (folder / path.name).symlink_to(path)
+        (folder / name).unlink()
+        (folder / name).write_bytes(data)
+        try:
+            source = load.open_source(folder)
+            for weight in source.shapes:
+                source.read(weight).clone()
+        except UserError as error:
+            return str(error)
+        return ""
+
+    numbers = range(len(cases))
+    answers = guard.each(read, numbers, 60.0, memory_bytes=2 << 30)
+    wrong = [
+        (cases[n][0], cases[n][1], cases[n][2][:40], answer)
+        for n, answer in enumerate(answers)
+        if not isinstance(answer, str) or "\n" in answer or (n < must and not answer)
+    ]
+    score("hostile", len(cases), ">= 80")
+    score("hostile.harm", len(wrong) + (tmp_path / "escaped").exists(), "0")
+    assert not wrong and not (tmp_path / "escaped").exists()

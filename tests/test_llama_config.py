@@ -94,6 +94,11 @@ BAD_FILES = [
     ("data: {mixture: {a: 0.5, b: 0.6}}", "sum to 1.1"),
     ("data: {mixture: {a: 1.5, b: -0.5}}", "weight of b is -0.5"),
     ("", "holds no keys"),
+    ("model: null", "model is None, expected its keys"),
+    ("model: [1]", r"model is \[1\], expected its keys"),
+    ("model: {n_layers: 1000000000}", "model.n_layers is 1000000000, expected .* at most 10000"),
+    (f"name: {'x' * 300}", "200 bytes"),
+    (f"seed: 1{'0' * 99}", "seed is 10*, expected 0 or more, below"),
 ]
 
 

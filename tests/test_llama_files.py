@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,38 @@ def test_yaml_key_given_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("- a\n")
     with pytest.raises(UserError, match="holds no keys"):
         files.read_yaml(path)
+
+
+NESTED = "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in pairwise("abcdefghijkl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (f"a: &a [x]\n{NESTED}", "x.yaml:6 repeats values without end by its anchors"),
+        ("&a\nb: *a\n", "x.yaml:1 repeats values without end"),
+        ("a: &a [[*a]]\n", "x.yaml:1 repeats values without end"),
+        ("a: " + "[" * 20_000, "x.yaml is nested too deeply"),
+        ("[1, 2]: 3\n", "unhashable"),
+        ("a: 2020-13-45\n", "x.yaml is not readable YAML: month must be"),
+        (f"a: 1{'0' * 5000}\n", "x.yaml is not readable YAML: Exceeds the limit"),
+        ("a: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    ],
+    ids=range(8),
+)
+def test_yaml_made_to_harm_is_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    """At once: what a few hundred bytes stand for would not fit into any memory."""
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=sentence) as caught:
+        files.read_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_that_people_write_stand_for_their_values(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a {é: [1, 2]}\nb: [*a, *a]\nc: &c 1e-4\nd: *c\n", "utf-8")
+    read = files.read_yaml(tmp_path / "x.yaml")
+    assert read["a"] == {"é": [1, 2]} and read["b"] == [read["a"]] * 2 and read["d"] == read["c"]
 
 
 def test_json_errors_name_the_file(tmp_path: Path) -> None:

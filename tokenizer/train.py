@@ -300,6 +300,8 @@ def parse(argv: list[str]) -> Options:
     p = cli.parser("python -m tokenizer.train", what)
     p.add_argument("--config", action="config", help="YAML file of these options")
     p.add_class_arguments(Options)
+    for path in config.values_of(argv, "--config"):
+        files.read_yaml(path)
     given = p.parse_args(argv)
     args = Options(**{part.name: getattr(given, part.name) for part in fields(Options)})
     for name, (least, most) in LIMITS.items():

@@ -37,6 +37,7 @@ KEYS = {
     "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
 }
+MAX_HEADER_BYTES = 10_000_000  # about 100 a weight; a million weights take a minute to list
 SHARD_BYTES = 5_000_000_000  # what transformers' own exports have
 # LlamaForCausalLM can be otherwise, this model cannot.
 ALWAYS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -91,7 +92,10 @@ def weight_files(path: Path) -> list[Path]:
             raise UserError(f"{path} has {CONFIG}, but neither {WEIGHTS} nor {INDEX}")
         return [only]
     listed = files.read_object(index).get("weight_map")
-    found = {path / name for name in files.json_object(f"{index}: weight_map", listed).values()}
+    names_of = files.json_object(f"{index}: weight_map", listed).values()
+    if odd := [name for name in names_of if not re.fullmatch(r"[\w][\w.-]{0,200}", str(name))]:
+        raise UserError(f"{index}: {str(odd[0])[:80]!r} is no name of a file beside it")
+    found = {path / str(name) for name in names_of}
     for file in sorted(found):
         if not file.is_file():
             raise UserError(f"{file} is missing, {index} names it")
@@ -100,6 +104,9 @@ def weight_files(path: Path) -> list[Path]:
 
 def _mapped(file: Path) -> dict[str, Tensor]:
     with as_user_error(f"{file} is truncated or no safetensors file", OSError, SafetensorError):
+        with open(file, "rb") as head:
+            if (size := int.from_bytes(head.read(8), "little")) > MAX_HEADER_BYTES:
+                raise UserError(f"{file} says that its header has {size} bytes, no model's has")
         weights = safe_open(file, "pt")
         found = [name for name in weights.keys() if not BUFFER.fullmatch(name)]
         return {name: weights.get_tensor(name) for name in found}

@@ -5,8 +5,8 @@ such a folder out, with a single file of weights. Names and layout are ours (pap
 only tensors are taken.
 """
 
-import pickle
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,23 @@ def weight_files(path: Path) -> list[Path]:
 
 def _mapped(file: Path) -> dict[str, Tensor]:
     try:
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type for member in archive.infolist()):
+                raise ValueError("torch.save compresses nothing")
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's reader raises whatever a pickle makes it run into
         reason = str(error).partition("\n")[0]
         raise UserError(f"{file} is truncated or no file of tensors: {reason}") from error
-    if not isinstance(content, dict) or not all(torch.is_tensor(w) for w in content.values()):
-        raise UserError(f"{file} holds no tensors by name")
+    if not isinstance(content, dict) or not all(map(_is_plain, content, content.values())):
+        raise UserError(f"{file} holds no plain tensors by name")
     return {name: weight for name, weight in content.items() if name != BUFFER}
+
+
+def _is_plain(name: Any, weight: Any) -> bool:
+    """Whether it is a named tensor that can be read: with data, neither sparse nor quantised."""
+    if not isinstance(name, str) or not torch.is_tensor(weight) or weight.is_quantized:
+        return False
+    return weight.layout == torch.strided and weight.device.type == "cpu"
 
 
 def divided_axis(parts: Sequence[Tensor], expected: tuple[int, ...]) -> int | None:

@@ -129,7 +129,7 @@ def numbers(
 ) -> dict[str, Any]:
     """Numbers of a JSON file under our names: `keys` gives theirs, `defaults` what may be absent.
 
-    They are whole, unless the default is a fraction.
+    They are more than 0, and whole unless the default is a fraction.
     """
     found: dict[str, Any] = {}
     for ours, theirs in keys.items():
@@ -139,6 +139,8 @@ def numbers(
         if value is not None and type(value) not in ((int, float) if fraction else (int,)):
             expected = "a number" if fraction else "a whole number"
             raise UserError(f"{where}: {theirs} is {value!r}, expected {expected}")
+        if value is not None and not value > 0:
+            raise UserError(f"{where}: {theirs} is {value!r}, expected more than 0")
         found[ours] = defaults[ours] if value is None else value
     return found
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
+from llama import files
 from llama.cli import UserError, expect, parser
 from llama.corpus import engine, executors, shuffle
 from llama.corpus.executors import Executor
@@ -115,12 +114,7 @@ def _recipe(argv: Sequence[str]) -> str:
         if option == "--recipe":
             name = value
         elif option == "--config":
-            try:
-                loaded = yaml.safe_load(Path(value).read_text())
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"--config {value} cannot be read: {reason}") from error
-            name = (loaded if isinstance(loaded, dict) else {}).get("recipe", name)
+            name = files.read_yaml(value).get("recipe", name)
     if name not in RECIPES:
         known = ", ".join(RECIPES)
         raise UserError(f"recipe is {name!r}: --config names a YAML with recipe: one of {known}")

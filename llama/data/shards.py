@@ -8,6 +8,7 @@ run is an error with name and offset, not a signal. The data of §2.1.
 
 import itertools
 import os
+import re
 import resource
 import threading
 from bisect import bisect_right
@@ -167,6 +168,8 @@ def _manifest_shards(lines: list[dict[str, Any]]) -> list[Shard]:
     for line in lines:
         hashes = {suffix: str(line[key]) for suffix, key in SUFFIXES.items()}
         tokens = int(line["tokens"])
+        if not re.fullmatch(r"[^/\0]+", str(line["name"])):
+            raise ValueError(f"{line['name']!r} is no name of a shard")
         if tokens <= 0:
             raise ValueError(f"shard {line['name']} of {tokens} tokens")
         found.append(Shard(str(line["name"]), int(line["documents"]), tokens, start, hashes))

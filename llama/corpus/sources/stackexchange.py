@@ -166,7 +166,11 @@ def _stream(piece: Piece, take: Callable[[bytes], Any]) -> None:
             return Sink()
 
     with py7zr.SevenZipFile(piece.path) as archive:
-        members = [m.filename for m in archive.list() if _is_posts(m.filename)]
+        listed = archive.list()
+        # what lies before it in a solid archive is unpacked too
+        if sum(m.uncompressed for m in listed) > raw.expansion_limit(piece.size):
+            raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+        members = [m.filename for m in listed if _is_posts(m.filename) and m.is_file]
         if not members:
             raise ValueError("the archive holds no Posts.xml")
         archive.extract(targets=members, factory=Sinks())
