@@ -10,6 +10,8 @@ import functools
 import platform
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median, median_low
 from typing import Any
 
@@ -44,14 +46,20 @@ def _waited() -> list[float]:
     total, wait = [0.0], dist.Work.wait
 
     def timed(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
-        began = time.monotonic()
-        result = wait(work, *args, **kwargs)
-        total[0] += time.monotonic() - began
-        return result
+        with waiting():
+            return wait(work, *args, **kwargs)
 
     # torch's Python functions, FSDP's too, end in this method; it blocks on CPUs only
     dist.Work.wait = timed  # type: ignore[assignment, method-assign]
     return total
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """What happens inside is no work of this process."""
+    began = time.monotonic()
+    yield
+    _waited()[0] += time.monotonic() - began
 
 
 def compare(pace: Pace, here: World, own_s: float | None = None) -> dict[str, Any]:
