@@ -53,8 +53,8 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     Nothing here waits for the device. A non-finite loss or gradient on any rank, or a spike that is
     to be skipped, leaves parameters and moments of every rank as they are.
     """
-    cfg, device = state.cfg, state.world.device
-    compute = partial(gradients, state, tokens.to(device, non_blocking=True), source)
+    cfg = state.cfg
+    compute = partial(gradients, state, tokens, source)
     stats, loss, factor = rerun.checked(state, compute) if cfg.guard.rerun else compute()
     state.saver.before_update()
     norm, found_inf = optim.step(
@@ -70,9 +70,7 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     return Step(loss, norm)
 
 
-def gradients(
-    state: State, tokens: torch.Tensor, source: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gradients(state: State, tokens: torch.Tensor, source: torch.Tensor) -> tuple[Any, ...]:
     """Gradients of a step, left in the parameters, and what they are still to be multiplied with.
 
     Returns (sum of losses, targets) per source and the mean loss, over all ranks, then that factor.
@@ -80,10 +78,8 @@ def gradients(
     cfg = state.cfg
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
-    source = source.to(tokens.device, non_blocking=True)
-    micro_batches = list(
-        zip(tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True)
-    )
+    here = (tensor.to(state.world.device, non_blocking=True) for tensor in (tokens, source))
+    micro_batches = list(zip(*(t.split(state.micro_batch) for t in here), strict=True))
     for number, (windows, rows) in enumerate(micro_batches, 1):
         fsdp.prepare(state.model, cfg.parallel, last=number == len(micro_batches))
         with record_function("forward"):

@@ -110,7 +110,7 @@ def step(
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing storage."""
-    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:

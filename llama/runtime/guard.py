@@ -36,11 +36,10 @@ class Guard:
         self.history = torch.tensor(rows, dtype=torch.float64, device=here.device)
         # spikes, steps that changed nothing, and those of them in a row up to now
         self.counts = torch.tensor(saved["counts"], dtype=torch.float64, device=here.device)
-        # times @ history = mean and slope; the last steps are -(n-1)/2 ... (n-1)/2
-        time = torch.arange(cfg.window, dtype=torch.float64) - (cfg.window - 1) / 2
-        line = torch.stack([torch.ones_like(time), time])
-        self._line = line.T.contiguous().to(here.device)
-        self._fit = (line / line.square().sum(1, keepdim=True)).to(here.device)
+        # what times the history is its mean and slope, and the line that these mean
+        time = torch.arange(cfg.window, dtype=torch.float64, device=here.device)
+        self._line = torch.stack([torch.ones_like(time), time - time.mean()], 1)
+        self._fit = (self._line / self._line.square().sum(0)).T
         self._judged: Tensor | None = None
         unread = saved["unread"]
         self._sent = (torch.tensor(unread, dtype=torch.float64), None) if unread else None
@@ -84,10 +83,9 @@ class Guard:
         fit = self._fit @ self.history
         fit[1].clamp_(max=0.0)
         sigma = torch.addmm(self.history, self._line, fit, alpha=-1).std(0)
-        mean, slope = fit
-        expected = torch.add(mean, slope, alpha=(self.cfg.window + 1) / 2)
-        expected = torch.maximum(expected, self.history.amin(0))
-        return expected + self.cfg.sigma * torch.maximum(sigma, SMALLEST_SIGMA * mean)
+        now = torch.add(*fit, alpha=(self.cfg.window + 1) / 2)
+        expected = torch.maximum(now, self.history.amin(0))
+        return expected + self.cfg.sigma * torch.maximum(sigma, SMALLEST_SIGMA * fit[0])
 
     def read(self) -> list[float] | None:
         """Loss, norm, their limits, spike and steps in a row that changed nothing: 6 numbers.

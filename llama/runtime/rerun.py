@@ -7,8 +7,7 @@ against a silent error (arXiv 2604.00726).
 """
 
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,76 +31,57 @@ def repeatable(cfg: Config, backend: str, device: torch.device) -> bool:
 def refuse(cfg: Config, backend: str, device: torch.device) -> None:
     """Raise `UserError` where `guard.rerun` would call sound hardware broken."""
     if cfg.guard.rerun and not repeatable(cfg, backend, device):
-        raise UserError(
-            f"guard.rerun compares bits, and attention {backend} does not give the same ones twice "
-            "on a GPU: --kernels.attention triton with --kernels.deterministic true does"
+        problem = (
+            f"on a GPU guard.rerun needs kernels.deterministic, attention triton: not {backend}"
         )
+        raise UserError(problem)
 
 
-def checked(state: State, compute: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> Any:
+def checked(state: State, compute: Callable[[], Any]) -> Any:
     """`compute()`: (statistics, loss, factor of the gradients), which are left in the parameters.
 
     All ranks call it together. Where loss or norm is not finite or a spike it is called again, and
     what it gives then stands.
     """
-    result, own, norm = _once(state, compute)
+    result, norm, *sums = _once(state, compute)
     if not state.guard.suspects(result[1], norm):
         return result
-    seen, held = f"loss {result[1]:.6g} and gradient norm {norm:.6g}", _gradients(state)
+    first = f"loss {result[1]:.6g} and gradient norm {norm:.6g}"
     state.optimizer.zero_grad(set_to_none=True)
-    result, again, norm = _once(state, compute)
-    here = state.world
-    differs = not torch.equal(own, again), not torch.equal(held, _gradients(state))
-    told = here.gather((*differs, platform.node()))
+    result, norm, *again = _once(state, compute)
+    differs = [not torch.equal(a, b) for a, b in zip(sums, again, strict=True)]
+    told = state.world.gather((*differs, platform.node()))
+    verdict = "the same bits: the data or the learning rate, not the hardware"
     # sums over ranks carry an error to all: who computed something else tells more
-    for what, kind in (("computed", 0), ("holds gradients of", 1)):
+    for kind, what in ((1, "holds gradients of"), (0, "computed")):
         if odd := [f"{rank} on {row[2]}" for rank, row in enumerate(told) if row[kind]]:
-            verdict = (
-                f"loss {result[1]:.6g} and gradient norm {norm:.6g}: bad hardware, not the data; "
-                f"other bits are what rank {', rank '.join(odd)} {what}"
-            )
-            break
-    else:
-        verdict = "the same bits: the data or the learning rate, not the hardware"
-    here.say(f"WARNING: step {state.step + 1}, {seen}, gives when computed again {verdict}")
+            verdict = f"bad hardware: other bits are what rank {', '.join(odd)} {what}"
+    state.world.say(
+        f"WARNING: step {state.step + 1}, {first}, gives when computed again "
+        f"loss {result[1]:.6g} and gradient norm {norm:.6g}, {verdict}"
+    )
     return result
 
 
-def _once(state: State, compute: Callable[[], Any]) -> tuple[Any, Tensor, Tensor]:
-    """What `compute` gives, checksums of what this rank did for it, and the gradients' norm."""
-    with _noted(state.model) as sums:
-        result = compute()
-    grads = [p.grad for p in state.model.parameters() if p.grad is not None]
-    return result, torch.stack(sums), optim.global_norm(grads) * result[2]
+def _once(state: State, compute: Callable[[], Any]) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """What `compute` gives, the gradients' norm, and checksums of what this rank did and holds.
 
-
-@contextmanager
-def _noted(model: Any) -> Iterator[list[Tensor]]:
-    """Checksums of the losses and of the gradient that arrives at the bottom of the model.
-
-    Neither was summed over ranks yet, and every error on the way of an activation ends in them.
+    It did the losses and the gradient that arrives at the bottom of the model: neither was summed
+    over ranks yet, and every error on the way of an activation ends in them.
     """
-    sums: list[Tensor] = []
+    model: Any = state.model
+    did: list[Tensor] = []
 
     def note(tensor: Tensor) -> None:
-        sums.append(checksum(optim.local(tensor.detach()).contiguous()))
-
-    def at_the_top(module: Any, inputs: Any, out: tuple[Tensor, Tensor]) -> None:
-        note(out[0])
+        did.append(checksum(optim.local(tensor.detach()).contiguous()))
 
     def at_the_bottom(module: Any, inputs: Any, out: Tensor) -> None:
         out.register_hook(note)
 
-    hooks = [
-        model.register_forward_hook(at_the_top),
-        model.tok_embeddings.register_forward_hook(at_the_bottom),
-    ]
-    yield sums
-    for hook in hooks:
-        hook.remove()
-
-
-def _gradients(state: State) -> Tensor:
-    """Checksums of the gradients that this process holds."""
-    grads = (p.grad for p in state.model.parameters())
-    return torch.stack([checksum(optim.local(grad)) for grad in grads if grad is not None])
+    top = model.register_forward_hook(lambda module, inputs, out: note(out[0]))
+    bottom = model.tok_embeddings.register_forward_hook(at_the_bottom)
+    result = compute()
+    top.remove(), bottom.remove()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    holds = torch.stack([checksum(optim.local(grad)) for grad in grads])
+    return result, optim.global_norm(grads) * result[2], torch.stack(did), holds
