@@ -34,7 +34,7 @@ from llama.doctor import refuse_clashes
 from llama.model import Transformer
 from llama.parallel import apply, fsdp, layout
 from llama.plan import dry, layouts
-from llama.runtime import console, folder, metrics, oom, profile, rewind, world
+from llama.runtime import console, folder, metrics, oom, profile, rerun, rewind, world
 from llama.runtime.guard import Guard
 from llama.runtime.state import State, Step, resume, save
 from llama.runtime.watch import Watch
@@ -53,13 +53,33 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     Nothing here waits for the device. A non-finite loss or gradient on any rank, or a spike that is
     to be skipped, leaves parameters and moments of every rank as they are.
     """
-    cfg, device = state.cfg, state.world.device
+    cfg = state.cfg
+    compute = partial(gradients, state, tokens, source)
+    stats, loss, factor = rerun.checked(state, compute) if cfg.guard.rerun else compute()
+    state.saver.before_update()
+    norm, found_inf = optim.step(
+        state.optimizer,
+        lr=optim.learning_rate(cfg.optim, state.step, state.steps),
+        clip=cfg.optim.clip,
+        grad_factor=factor,
+        judge=partial(state.guard.judge, loss),
+    )
+    state.optimizer.zero_grad(set_to_none=True)
+    state.window += torch.where(found_inf.bool(), 0.0, stats)
+    state.step += 1
+    return Step(loss, norm)
+
+
+def gradients(state: State, tokens: torch.Tensor, source: torch.Tensor) -> tuple[Any, ...]:
+    """Gradients of a step, left in the parameters, and what they are still to be multiplied with.
+
+    Returns (sum of losses, targets) per source and the mean loss, over all ranks, then that factor.
+    """
+    cfg = state.cfg
     nominal = state.order.segment(state.step).batch_windows * cfg.data.seq_len
     stats = torch.zeros_like(state.window)
-    tokens, source = tokens.to(device, non_blocking=True), source.to(device, non_blocking=True)
-    micro_batches = list(
-        zip(tokens.split(state.micro_batch), source.split(state.micro_batch), strict=True)
-    )
+    here = (tensor.to(state.world.device, non_blocking=True) for tensor in (tokens, source))
+    micro_batches = list(zip(*(t.split(state.micro_batch) for t in here), strict=True))
     for number, (windows, rows) in enumerate(micro_batches, 1):
         fsdp.prepare(state.model, cfg.parallel, last=number == len(micro_batches))
         with record_function("forward"):
@@ -72,22 +92,10 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     dist.all_reduce(stats)
     faults.point("step.graded", next(state.model.parameters()).grad, step=state.step + 1)
     loss_sum, valid = stats.sum(dim=0)
-    state.saver.before_update()
     # a batch may hold no target at all
     valid = valid.clamp(min=1)
-    loss = loss_sum / valid
-    norm, found_inf = optim.step(
-        state.optimizer,
-        lr=optim.learning_rate(cfg.optim, state.step, state.steps),
-        clip=cfg.optim.clip,
-        # masked targets make the mean one over fewer tokens than the constant assumed
-        grad_factor=nominal / valid,
-        judge=partial(state.guard.judge, loss),
-    )
-    state.optimizer.zero_grad(set_to_none=True)
-    state.window += torch.where(found_inf.bool(), 0.0, stats)
-    state.step += 1
-    return Step(loss, norm)
+    # masked targets make the mean one over fewer tokens than the constant assumed
+    return stats, loss_sum / valid, nominal / valid
 
 
 def forward(state: State, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +163,7 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     backend = attention.choose(
         cfg.kernels.attention, here.device, dtype, cfg.model.head_dim, cfg.kernels.deterministic
     )
+    rerun.refuse(cfg, backend, here.device)
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)
     chosen = replace(cfg, train=replace(cfg.train, micro_batch=micro_batch))

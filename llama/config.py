@@ -254,6 +254,8 @@ class GuardConfig:
         rewinds: Most rewinds to the same checkpoint.
         patience: Steps in a row that may change nothing before the run stops.
         replicas_every: Steps between comparisons of what several processes hold; 0 for none.
+        rerun: Whether a suspicious step is computed twice, to tell bad data from bad hardware by
+            the bits; every step then waits for its loss and norm.
     """
 
     spike: Literal["off", "skip", "rewind", False] = "off"
@@ -264,6 +266,7 @@ class GuardConfig:
     rewinds: int = 3
     patience: int = 20
     replicas_every: int = 100
+    rerun: bool = False
 
     def __post_init__(self) -> None:
         self.spike = self.spike or "off"  # YAML reads a bare off as false

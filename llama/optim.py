@@ -88,10 +88,10 @@ def step(
         states = [optimizer.state[p] for p in params]
         # on local shards: the update is elementwise, DTensor would only add its dispatch
         adamw(
-            [_local(p) for p in params],
-            [_local(p.grad) for p in params],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local(p) for p in params],
+            [local(p.grad) for p in params],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -108,7 +108,7 @@ def step(
     return norm, found_inf
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This process's part, sharing storage."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -125,7 +125,7 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
             assert not any(p.is_partial() for p in grad.placements), "gradient not yet reduced"
             dims = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
             sharding = (grad.device_mesh, dims)
-        by_sharding[sharding].append(_local(grad))
+        by_sharding[sharding].append(local(grad))
     totals = []
     for sharding, tensors in by_sharding.items():
         if tensors[0].device.type == "cpu":

@@ -31,7 +31,7 @@ from llama import cli, config, files  # noqa: E402
 from llama.cli import UserError  # noqa: E402
 from llama.config import Config, ParallelConfig  # noqa: E402
 from llama.data import loader, shards  # noqa: E402
-from llama.runtime import checkpoint, console, folder, metrics, rewind, world  # noqa: E402
+from llama.runtime import checkpoint, console, folder, metrics, rerun, rewind, world  # noqa: E402
 from llama.runtime.state import State, contents, made_by, restore  # noqa: E402
 
 # a next checkpoint within so many steps is reached; beyond, so many steps are trained again
@@ -39,8 +39,6 @@ NEAR_STEPS, FAR_STEPS = 50, 20
 # docs/design.md, Equality: over the first 20 steps in float32; bfloat16 rounds 2^16 times coarser
 OTHER_WORLD_STEPS = 20
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-# of the attention backends these give the same bits twice on a GPU
-REPEATABLE = ("triton", "gluon", "reference")
 
 
 @dataclass
@@ -175,8 +173,7 @@ def replay(
 def reasons(state: State, made: dict[str, Any]) -> list[str]:
     """Why these steps may have other bits here than where they were first trained."""
     why = config.differences(made, made_by(state))
-    deterministic = state.cfg.kernels.deterministic and state.backend in REPEATABLE
-    if state.world.device.type == "cuda" and not deterministic:
+    if not rerun.repeatable(state.cfg, state.backend, state.world.device):
         why.append(f"the backward pass of {state.backend} on a GPU sums in any order")
     return why
 

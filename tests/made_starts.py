@@ -7,10 +7,13 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +54,10 @@ TORCHRUN = [
 ]  # fmt: skip
 
 
-def make_tokens(place: Path) -> None:
-    """Token shards of two sources in place/tokens."""
-    rng = random.Random(0)
-    for name in ("code", "mail"):
+def make_tokens(place: Path, seed: int = 0, names: Sequence[str] = ("code", "mail")) -> None:
+    """Token shards of these sources in place/tokens."""
+    rng = random.Random(seed)
+    for name in names:
         documents = random_documents(rng, name, 600, pieces=512)
         vocabulary = Vocabulary("0" * 64, 512, 1, 2)
         make_source(place / "tokens" / name, [documents], vocabulary, valid_per_10k=3000)
@@ -93,21 +96,14 @@ class Run:
             start_new_session=True,
         )
 
-    def forked(self, faults: str = "", **more: Any) -> tuple[int, str]:
-        """train.py in a copy of this process, alone: its exit code and what it said."""
+    def forked(self, faults: str = "", size: int = 1, **more: Any) -> tuple[int, str]:
+        """train.py in copies of this process, without torchrun: exit code and what was said."""
         log = self.place / f"{self.name}.out"
-        # from a process of its own: in this one torch has threads, which no fork survives
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["train"])
-        child = server.Process(target=_train, args=(self.place, self.words(**more), faults, log))
-        child.start()
-        child.join()
-        assert child.exitcode is not None
-        return child.exitcode, log.read_text()
+        return forked(self.place, partial(_train, self.words(**more)), size, faults, log)
 
     def rows(self) -> list[dict[str, Any]]:
         """What metrics.jsonl says about the model, without speed and memory."""
-        keep = ("step", "tokens", "loss", "lr", "grad_norm")
+        keep = ("step", "branch", "tokens", "loss", "lr", "grad_norm", "spikes", "skipped_steps")
         rows = map(json.loads, (self.folder / "metrics.jsonl").open())
         return [
             {k: v for k, v in row.items() if k in keep or k.startswith(("loss/", "val/"))}
@@ -130,19 +126,59 @@ class Run:
                 yield int(path.parent.name)
 
 
-def _train(place: Path, words: list[str], faults: str, log: Path) -> None:
+def forked(
+    place: Path, action: Callable[[], Any], size: int, faults: str, log: Path
+) -> tuple[int, str]:
+    """(exit code, output) of `action` in processes that have imported train, joined in one world.
+
+    The code is rank 0's, or that of a user's error: which rank tells one that all see is luck.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log.write_bytes(b"")
+    # from a process of its own: in this one torch has threads, which no fork survives
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["train"])
+    children = []
+    for rank in range(size):
+        env = {"LLAMA_FAULTS": faults}
+        if size > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            env |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+        children.append(server.Process(target=_child, args=(place, action, env, log)))
+        children[-1].start()
+    children[0].join()
+    for child in children[1:]:
+        if children[0].exitcode:
+            child.terminate()  # as torchrun does
+        child.join()
+    codes = [child.exitcode for child in children]
+    assert codes[0] is not None
+    return 2 if 2 in codes else codes[0] or max(map(abs, codes)), log.read_text()
+
+
+def _train(words: list[str]) -> None:
+    train.signals.listen()
+    train.cli.run(lambda _: train.main(words))
+
+
+def _child(place: Path, action: Callable[[], Any], env: dict[str, str], log: Path) -> None:
     code = 1
     try:
         os.chdir(place)
-        os.environ["LLAMA_FAULTS"] = faults
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.environ |= env
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND)
         os.dup2(handle, 1), os.dup2(handle, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        train.signals.listen()
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        if "RANK" in env:
+            train.torch.set_num_threads(1)
         try:
-            train.cli.run(lambda _: train.main(words))
+            code = int(action() or 0)
         except SystemExit as end:
             code = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)

@@ -199,8 +199,8 @@ def newest_order(run: Path, cfg: config.Config) -> tuple[Order, int] | None:
     state = files.read_json(path)
     kinds = KeyError, TypeError, ValueError, AssertionError
     with cli.as_user_error(f"{path} is not what train.py writes", *kinds, show=repr):
-        segments, step = schedule.goes_on(state, schedule.rewinds(run))
-        return Order(cfg.seed, from_json(segments)), step
+        state = schedule.rewound(state, schedule.rewinds(run))
+        return Order(cfg.seed, from_json(state["segments"])), int(state["step"])
 
 
 def open_run(path: Path) -> tuple[config.Config, Order, dict[str, Source], int]:

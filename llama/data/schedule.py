@@ -53,11 +53,17 @@ def rewinds(run: Path) -> Any:
     return files.read_json(run / REWINDS) if (run / REWINDS).exists() else []
 
 
-def goes_on(saved: dict[str, Any], rewinds: list[Any]) -> tuple[list[dict[str, Any]], int]:
-    """(segments, step) that a run goes on with from a checkpoint's state, maybe not yet rewound."""
-    if rewinds and saved.get("branch", 0) < rewinds[-1]["branch"]:
-        return rewinds[-1]["segments"], min(int(saved["step"]), rewinds[-1]["to"])
-    return saved["segments"], int(saved["step"])
+def rewound(saved: dict[str, Any], rewinds: list[Any]) -> dict[str, Any]:
+    """A checkpoint's state with the order that holds: the last rewind's, if that was not saved yet.
+
+    From where the rewind leads to, that order was made for the shards which the rewind names.
+    """
+    if not rewinds or saved.get("branch", 0) >= rewinds[-1]["branch"]:
+        return saved
+    last, step, prints = rewinds[-1], int(saved["step"]), saved["fingerprints"]
+    data = {**prints["data"], **(last.get("data", {}) if step >= last["to"] else {})}
+    now = {"segments": last["segments"], "fingerprints": {**prints, "data": data}}
+    return {**saved, **now, "step": min(step, last["to"])}
 
 
 def _phases(cfg: Config) -> list[tuple[int, int]]:

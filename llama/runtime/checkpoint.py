@@ -327,11 +327,14 @@ def _differ(a: Path, b: Path) -> bool:
 
 
 def _free_name(place: Path, word: str) -> Path:
-    number = 0
-    # a link to nowhere has its name, too
-    while os.path.lexists(path := place / f"{word}-{number}"):
-        number += 1
-    return path
+    """The name after the highest that is taken, also by a link to nowhere."""
+    return place / f"{word}-{max((n for n, _ in _numbered(place, word)), default=-1) + 1}"
+
+
+def _numbered(place: Path, word: str) -> list[tuple[int, Path]]:
+    """`<word>-<n>` by n, lowest first."""
+    found = [(re.fullmatch(rf"{word}-(\d+)", path.name), path) for path in place.glob(f"{word}-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def prune(run: str | Path, keep: int, keep_every: int | None = None) -> None:
@@ -359,13 +362,18 @@ def protect(path: Path, why: str) -> None:
     faults.point("ckpt.protected")
 
 
-def abandon(run: str | Path, step: int, branch: int) -> None:
-    """Rename the checkpoints after a step that were saved before this rewind, oldest first."""
+def abandon(run: str | Path, step: int, branch: int, keep: int) -> None:
+    """Rename the checkpoints after a step that were saved before this rewind, oldest first.
+
+    Of all that were abandoned the last `keep` stay, to look into; a disk must outlive many rewinds.
+    """
     for number, path in steps(run):
         # what cannot be read is found damaged when it is to be loaded
         with suppress(UserError):
             if number > step and read_state(path).get("branch", 0) < branch:
                 path.rename(_free_name(path.parent, "abandoned"))
+    for _, path in _numbered(folder(run), "abandoned")[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(run: str | Path) -> None:

@@ -46,6 +46,8 @@ def announce(state: State) -> None:
         )
     for sentence in fsdp.without_effect(state.model, cfg.parallel, micro_steps):
         here.say(f"WARNING: {sentence}")
+    if cfg.guard.rerun:
+        here.say("guard.rerun: each step waits for its loss and gradient norm before its update")
     for name in sorted(set(state.sources) - set(state.valid)):
         here.say(f"no validation for {name}: its held-out documents fill no window")
     assert isinstance(cfg.data.mixture, dict)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama.config import GuardConfig
+from llama.runtime import stragglers
 from llama.runtime.world import World
 
 # A window as even as rounding makes it must not call the next rounding error a spike.
@@ -35,6 +36,10 @@ class Guard:
         self.history = torch.tensor(rows, dtype=torch.float64, device=here.device)
         # spikes, steps that changed nothing, and those of them in a row up to now
         self.counts = torch.tensor(saved["counts"], dtype=torch.float64, device=here.device)
+        # what times the history is its mean and slope, and the line that these mean
+        time = torch.arange(cfg.window, dtype=torch.float64, device=here.device)
+        self._line = torch.stack([torch.ones_like(time), time - time.mean()], 1)
+        self._fit = (self._line / self._line.square().sum(0)).T
         self._judged: Tensor | None = None
         unread = saved["unread"]
         self._sent = (torch.tensor(unread, dtype=torch.float64), None) if unread else None
@@ -42,23 +47,31 @@ class Guard:
     @torch.no_grad()
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1.0 where the step must change nothing, else 0.0: the same on every process."""
-        now = torch.stack([loss, norm]).double()
-        now = torch.where(now.isfinite(), now, math.inf)
-        if self.here.size > 1:
-            # replicas reduce their norms apart: what one of them sees holds for all
-            dist.all_reduce(now, dist.ReduceOp.MAX)
-        limit, finite = self.limits(), now.isfinite().all()
-        high = now > limit
+        now, limit = self._look(loss, norm)
+        high, finite = now > limit, now.amax() < math.inf
         spike = finite & high.any()
         unchanged = ~finite | spike if self.cfg.spike == "skip" else ~finite
         longer = torch.cat([self.history[1:], torch.where(high, limit, now)[None]])
         # a batch without a target has loss 0 and says nothing
-        self.history = torch.where(finite & (now > 0).all(), longer, self.history)
-        spikes, skipped, in_a_row = self.counts
-        in_a_row = torch.where(unchanged, in_a_row + 1, 0.0)
-        self.counts = torch.stack([spikes + spike, skipped + unchanged, in_a_row])
-        self._judged = torch.cat([now, limit, torch.stack([spike.double(), in_a_row])])
+        self.history = torch.where(finite & (now.amin() > 0), longer, self.history)
+        self.counts = self.counts + torch.stack([spike, unchanged, unchanged])
+        self.counts[2] *= unchanged
+        self._judged = torch.cat([now, limit, spike.double()[None], self.counts[2:]])
         return unchanged.float()
+
+    def suspects(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether they are a spike or not finite on any process; waits for the device."""
+        now, limit = self._look(loss, norm)
+        with stragglers.waiting():
+            return bool((now > limit).any() | (now.amax() == math.inf))
+
+    def _look(self, loss: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, norm) over all processes, infinite where not finite, and their limits."""
+        now = torch.stack([loss, norm]).double().nan_to_num(math.inf, math.inf, math.inf)
+        if self.here.size > 1:
+            # replicas reduce their norms apart: what one of them sees holds for all
+            dist.all_reduce(now, dist.ReduceOp.MAX)
+        return now, self.limits()
 
     def limits(self) -> Tensor:
         """Highest (loss, gradient norm) that is no spike; NaN until the window is full.
@@ -67,12 +80,12 @@ class Guard:
         below what was seen: it may have just ended. A rise is not followed, or a slow divergence
         would become its own measure.
         """
-        steps, mean = self.cfg.window, self.history.mean(0)
-        time = torch.arange(steps, device=mean.device)[:, None] - (steps - 1) / 2
-        slope = ((time * self.history).mean(0) / time.square().mean()).clamp(max=0.0)
-        sigma = (self.history - mean - slope * time).std(0)
-        expected = torch.maximum(mean + slope * (steps + 1) / 2, self.history.amin(0))
-        return expected + self.cfg.sigma * torch.maximum(sigma, SMALLEST_SIGMA * mean)
+        fit = self._fit @ self.history
+        fit[1].clamp_(max=0.0)
+        sigma = torch.addmm(self.history, self._line, fit, alpha=-1).std(0)
+        now = torch.add(*fit, alpha=(self.cfg.window + 1) / 2)
+        expected = torch.maximum(now, self.history.amin(0))
+        return expected + self.cfg.sigma * torch.maximum(sigma, SMALLEST_SIGMA * fit[0])
 
     def read(self) -> list[float] | None:
         """Loss, norm, their limits, spike and steps in a row that changed nothing: 6 numbers.
@@ -85,7 +98,8 @@ class Guard:
             numbers, self._judged = self._judged.to("cpu", non_blocking=True), None
             self._sent = numbers, torch.cuda.current_stream().record_event() if cuda else None
         if before and before[1]:
-            before[1].synchronize()
+            with stragglers.waiting():
+                before[1].synchronize()
         return before[0].tolist() if before else None
 
     def state(self) -> dict[str, Any]:

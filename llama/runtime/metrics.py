@@ -30,8 +30,8 @@ class Metrics:
         self, run: Path, cfg: LogConfig, step: int, settings: dict[str, Any], branch: int = 0
     ) -> None:
         self.path = run / "metrics.jsonl"
-        if self.path.exists():
-            keep_rows(self.path, step, branch)
+        # over the whole record, so that it only grows, also where a rewind takes steps back
+        self._number = keep_rows(self.path, step, branch) if self.path.exists() else 0
         self._rows, self._late = b"", False
         self._sinks = [s for s in (_wandb(run, cfg, settings), _tensorboard(run, cfg)) if s]
 
@@ -47,10 +47,11 @@ class Metrics:
             self._late = True
         for sink in list(self._sinks):
             try:
-                sink(step, row)
+                sink(self._number, row)
             except Exception as error:  # any logger's failure: a logger must never end a run
                 print(f"WARNING: {sink.__qualname__.split('.')[0]} failed and is off now: {error}")
                 self._sinks.remove(sink)
+        self._number += 1
 
     def _write(self, durable: bool = False) -> None:
         """Append what is not in the file yet, by a new handle: an old one may be stale."""
@@ -90,8 +91,11 @@ class Clock:
         return rate, waiting
 
 
-def keep_rows(path: Path, last_step: int, branch: int = 0) -> None:
-    """Drop rows of `branch` after `last_step`, later branches, and a row cut off by a kill."""
+def keep_rows(path: Path, last_step: int, branch: int = 0) -> int:
+    """Drop rows of `branch` after `last_step`, later branches, and a row cut off by a kill.
+
+    Returns how many stay.
+    """
     kept = []
     for line in path.read_bytes().splitlines():
         try:
@@ -102,6 +106,7 @@ def keep_rows(path: Path, last_step: int, branch: int = 0) -> None:
         if of < branch or of == branch and row["step"] <= last_step:
             kept.append(line + b"\n")
     files.write_atomic(path, b"".join(kept))
+    return len(kept)
 
 
 def lineage(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,10 +171,9 @@ def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
         print(f"WARNING: wandb cannot start ({error}); training goes on without it")
         return None
 
-    def wandb_sink(step: int, row: dict[str, Any]) -> None:
-        tracked.log(row, step=step)
-
-    return wandb_sink
+    # its own steps must never fall, and after a rewind ours do
+    tracked.define_metric("*", step_metric="step")
+    return lambda number, row: tracked.log(row, step=number)
 
 
 def _answers(url: str) -> bool:
@@ -191,10 +195,10 @@ def _tensorboard(run: Path, cfg: LogConfig) -> Any:
         raise UserError(f"log.tensorboard is on but cannot be imported: {error}") from error
     writer = SummaryWriter(str(run / "tensorboard"))
 
-    def tensorboard_sink(step: int, row: dict[str, Any]) -> None:
+    def tensorboard_sink(number: int, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if isinstance(value, int | float) and key != "step":
-                writer.add_scalar(key, value, step)
+                writer.add_scalar(key, value, row["step"])
         writer.flush()
 
     return tensorboard_sink

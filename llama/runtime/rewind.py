@@ -7,6 +7,7 @@ carries out what is written there (llama/runtime/state.py), so that a kill undoe
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from llama import files
@@ -79,9 +80,9 @@ def _act(state: State, step: int, seen: list[float]) -> bool:
 def _decide(state: State, step: int) -> tuple[dict[str, Any] | None, str]:
     """Write down where to go back to and what to pass over; None, and why not, where it cannot."""
     cfg, past = state.cfg.guard, schedule.rewinds(state.run)
-    before = [number for number, _ in checkpoint.steps(state.run) if number < step]
+    before = [n for n, _ in checkpoint.steps(state.run) if n < step and _serves(state, n)]
     if not before:
-        return None, "no rewind: there is no checkpoint before it (checkpoint.every)"
+        return None, "no rewind: there is no checkpoint of this data before it (checkpoint.every)"
     to = max((n for n in before if n <= step - cfg.rewind_steps), default=min(before))
     # steps of the order count from 0; only what one segment drew can be named
     bad, segment = step - 1, state.order.segment(step - 1)
@@ -92,6 +93,7 @@ def _decide(state: State, step: int) -> tuple[dict[str, Any] | None, str]:
     times = 1 + sum(rewind["to"] == to for rewind in past)
     decision = {"branch": len(past) + 1, "spike": step, "to": to, "times": times}
     decision |= {"skipped": [first, end], "segments": segments}
+    decision["data"] = state.fingerprints()["data"]
     if times > cfg.rewinds:
         return decision, (
             f"guard.rewinds to step {to} are used up: take another --optim.lr with "
@@ -103,3 +105,17 @@ def _decide(state: State, step: int) -> tuple[dict[str, Any] | None, str]:
         return None, f"no rewind: {schedule.REWINDS} cannot be written: {error.strerror}"
     passed = f"passes over the batches of steps {first + 1} to {end}"
     return decision, f"back to step {to}, branch {len(past) + 1} {passed}"
+
+
+def _serves(state: State, step: int) -> bool:
+    """Whether the order from a checkpoint on is the present one: its data was not changed since."""
+    order = state.order
+    here = [asdict(segment) for segment in order.segments]
+    again, _ = schedule.go_on(state.cfg, state.sources, here, step, set())
+    began = any(segment.first_step == step for segment in order.segments)
+    # what cannot be read is no place to go back to
+    with suppress(UserError):
+        saved = checkpoint.read_state(checkpoint.path_of(state.run, step))
+        same = saved["fingerprints"]["data"] == state.fingerprints()["data"]
+        return again.segments == order.segments and (began or same)
+    return False

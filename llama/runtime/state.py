@@ -134,7 +134,7 @@ def resume(state: State) -> bool:
     cfg, here = state.cfg, state.world
     state.saver.finish()
     if here.leads:
-        _settle(state.run)
+        _settle(state.run, cfg.checkpoint.keep)
     found = checkpoint.choose(state.run, here)
     if found is None:
         return False
@@ -152,15 +152,14 @@ def restore(state: State, found: Path) -> None:
     """Make the state that of a checkpoint; all ranks call it together."""
     cfg, here = state.cfg, state.world
     rewinds = here.broadcast(schedule.rewinds(state.run) if here.leads else None)
-    saved = checkpoint.read_state(found)
+    saved = schedule.rewound(checkpoint.read_state(found), rewinds)
     changed = _refuse_changes(state, saved, found)
     checkpoint.load(found, state.tensors(), here)
     optim.set_step_count(state.optimizer, saved["adam_steps"])
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step, state.unvalidated = saved["step"], saved.get("unvalidated")
-    segments, _ = schedule.goes_on(saved, rewinds)
-    state.order, unread = schedule.go_on(cfg, state.sources, segments, state.step, changed)
+    state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
     state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
     for name, windows in unread.items():
         here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
@@ -168,13 +167,13 @@ def restore(state: State, found: Path) -> None:
     state.window = torch.tensor(rows, dtype=torch.float64, device=here.device)
 
 
-def _settle(run: Path) -> None:
+def _settle(run: Path, keep: int) -> None:
     """Carry out the last rewind: a kill does not undo what was decided."""
     if not checkpoint.steps(run):
         # somebody removed the checkpoints: the run begins anew
         (run / schedule.REWINDS).unlink(missing_ok=True)
     for last in schedule.rewinds(run)[-1:]:
-        checkpoint.abandon(run, last["to"], last["branch"])
+        checkpoint.abandon(run, last["to"], last["branch"], keep)
 
 
 def _refuse_changes(state: State, saved: dict[str, Any], found: Path) -> set[str]:
