@@ -5,6 +5,7 @@ import os
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -273,6 +274,12 @@ cli.run(generate.main)
 def test_on_a_terminal(run: Path, last: bytes, code: int) -> None:
     """Ctrl-C stops the text and comes back; then Ctrl-D, or Ctrl-C again, leaves."""
     ours, its = os.openpty()
+
+    def at_a_terminal() -> None:
+        os.login_tty(its)
+        # a suite that a script runs in the background ignores it, and so would this
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
         [sys.executable, "-c", TERMINAL, str(run)],
         stdin=its,
@@ -280,7 +287,7 @@ def test_on_a_terminal(run: Path, last: bytes, code: int) -> None:
         stderr=its,
         cwd=check.ROOT,
         env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: os.login_tty(its),
+        preexec_fn=at_a_terminal,
     )
     os.close(its)
     seen = b""
