@@ -9,6 +9,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+FAULTS := $(PYTEST) -m faults --faults build/faults.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-dev quickstart test test-fast test-all faults lint types size clean
@@ -54,10 +55,12 @@ test-fast: env-dev
 test-all: env-dev lint types
 	$(PYTEST)
 
-# figures are shown also where tests fail
+# in two halves as well; figures are shown also where tests fail
 faults: env-dev
 	@rm -f build/faults.jsonl
-	$(PYTEST) -m faults --faults build/faults.jsonl; failed=$$?; \
+	@$(FAULTS) tests/test_[a-q]*.py tests/test_runtime_[a-k]*.py & half=$$!; \
+	$(FAULTS) tests/test_runs*.py tests/test_runtime_[l-z]*.py tests/test_[s-z]*.py; failed=$$?; \
+	wait $$half || failed=$$?; \
 	$(BIN)/python tests/scorecard.py build/faults.jsonl && exit $$failed
 
 lint: env-dev

@@ -188,7 +188,7 @@ def nan(weight: torch.Tensor) -> torch.Tensor:
 
 BAD: dict[str, tuple[Callable[[Folder], None], str]] = {
     "truncated": (truncate, "model-00001-of-.* is truncated or no safetensors file"),
-    "scrambled": (scramble, "model-00001-of-.* is truncated or no safetensors file"),
+    "scrambled": (scramble, "model-00001-of-.* says that its header has"),
     "a shard gone": (lambda f: first(f).unlink(), "model-00001-of-.* is missing"),
     "a weight gone": (
         rewrite(lambda weights: weights.pop("model.embed_tokens.weight")),

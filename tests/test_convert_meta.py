@@ -199,8 +199,8 @@ BAD: dict[str, tuple[Callable[[Folder], Any], str]] = {
     "hollow": (hollow, "consolidated.00.pth is truncated or no file of tensors"),
     "text": (lambda f: weights_file(f).write_text("<html>"), "is truncated or no file of tensors"),
     "code": (lambda f: torch.save({"a": Foreign()}, weights_file(f)), "no file of tensors"),
-    "nested": (rewrite(lambda w: {"model": w}), "holds no tensors by name"),
-    "a list": (rewrite(lambda w: list(w.values())), "holds no tensors by name"),
+    "nested": (rewrite(lambda w: {"model": w}), "holds no plain tensors by name"),
+    "a list": (rewrite(lambda w: list(w.values())), "holds no plain tensors by name"),
     "a weight gone": (
         rewrite(lambda w: {name: weight for name, weight in w.items() if name != "norm.weight"}),
         "lacks norm.weight",

@@ -88,7 +88,7 @@ def test_each_drop_reason(tmp_path) -> None:
         "http": b"not http",
         "http_status": response(HTML, status="HTTP/1.1 301 Moved"),
         "not_html": response(HTML, "Content-Type: image/png"),
-        "content_encoding": response(HTML, "Content-Encoding: zstd"),
+        "content_encoding": response(b"\x28\xb5\x2f\xfd" * 99, "Content-Encoding: zstd"),
         "binary": response(bytes(range(256)) * 20),
         "too_large": response(b"x" * 200_000),
         "empty": response(b"<html></html>"),

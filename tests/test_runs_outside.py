@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_runs import ROOT, call, make_workspace, rows, train_here, words
@@ -301,7 +302,12 @@ def test_an_unreachable_server_means_offline_at_once(tmp_path: Path, monkeypatch
     server = HTTPServer(("127.0.0.1", 0), _Answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     asked = []
-    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["mode"]))
+
+    def begun(mode: str, **options: object) -> SimpleNamespace:
+        asked.append(mode)
+        return SimpleNamespace(define_metric=lambda *words, **more: None)
+
+    monkeypatch.setattr(wandb, "init", begun)
     monkeypatch.setattr(type(wandb.api), "api_key", "k" * 40, raising=False)
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(metrics, "_answers", lambda url, real=metrics._answers: real(address))

@@ -64,7 +64,10 @@ def test_figures_travel_from_the_fixture_to_the_page(tmp_path: Path) -> None:
     assert shown.returncode == 1
     page = (tmp_path / "docs/reliability.md").read_text()
     assert page in shown.stdout
-    assert "5 tests in 0\nminutes, 2 failed and 1 skipped" in page
+    assert (
+        "5 tests, 0 minutes\nof them in two halves beside each other, 2 failed and 1 skipped"
+        in page
+    )
     assert "| 1,000 | >= 1000 | met |" in page and "| 0.02 | <= 0.1 | met |" in page
     assert "| 1 | 0 | MISSED |" in page and "| not run | | |" in page
     assert "skipped: tests/test_it.py::test_skips: Skipped: no second disk here" in page

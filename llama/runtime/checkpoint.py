@@ -41,6 +41,7 @@ from llama.runtime.world import World
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 FORMAT = 1  # of the folder and of state.json; every older one is read
 NO_SPACE = "no space left on the disk"
+FINAL = (NO_SPACE, "KeyboardInterrupt")  # trying again does not help
 # A file that says these when it is read is spoiled; anything else has to be mended by somebody.
 SPOILED = (errno.ENOENT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 MANIFEST, STATE, METADATA, KEEP = "manifest.json", "state.json", ".metadata", "KEEP"
@@ -187,7 +188,7 @@ def save(
 
     `prune` says which older ones stay. A failure on one rank removes the folder, leaves every older
     checkpoint alone, and is the same text on every rank: training may go on. All is written anew
-    after a moment (`files.RETRY_AFTER_S`), unless the disk is full.
+    after a moment (`files.RETRY_AFTER_S`), unless that cannot help (`FINAL`).
     """
     verdict = None
     for pause_s in (0.0, *files.RETRY_AFTER_S):
@@ -195,7 +196,7 @@ def save(
             world.say(f"WARNING: step {step} is not saved yet, trying again: {verdict}")
         time.sleep(pause_s)
         verdict = _save_once(run, step, tensors, state, world)
-        if not verdict or NO_SPACE in verdict:
+        if not verdict or any(word in verdict for word in FINAL):
             break
     if not verdict and world.leads:
         _, problem = _attempt(lambda: prune(run, keep, keep_every))
