@@ -293,7 +293,7 @@ def of_books(given: Any) -> Iterator[Row]:
     }
     works = {title.get(number[d.id], number[d.id]): d for d in reversed(books)}
     real = [works[name] for name in sorted(works)]
-    expect(len(real) >= 9, f"--data {given.data} holds {len(real)} works", "9 or more")
+    cli.expect(len(real) >= 9, f"--data {given.data} holds {len(real)} works", "9 or more")
     third = len(real) // 9 * 3
     edited, abridged, bound = (real[i * third : (i + 1) * third] for i in range(3))
     planted = [*map(_edited, edited), *map(_abridged, abridged)]
