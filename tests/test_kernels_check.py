@@ -61,9 +61,13 @@ def test_all_kernels_through_the_gate() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_kernels_under_the_oldest_triton() -> None:
+    try:
+        check.environment("3.6.0")
+    except subprocess.CalledProcessError:
+        pytest.skip("no package index gives triton 3.6.0 here")
     done = run("kernels.check", "--triton", "3.6.0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gluon forward bf16 D 128" in done.stdout
