@@ -5,7 +5,6 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -59,7 +58,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Iterator[None]:
 
 
 def _record(config: pytest.Config, line: dict[str, Any]) -> None:
-    if path := config.getoption("--faults"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if option := config.getoption("--faults"):
+        # tests change the working folder
+        path = config.invocation_params.dir / option
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")

@@ -267,7 +267,9 @@ def remove():
     path = Path("{gone}/runs/gone/metrics.jsonl")
     while not (path.exists() and path.read_bytes().count(b"\\n") >= 3):
         time.sleep(0.001)
-    shutil.rmtree("{gone}", ignore_errors=True)
+    # a save that begins meanwhile puts something there again
+    while os.path.exists("{gone}"):
+        shutil.rmtree("{gone}", ignore_errors=True)
 
 threading.Thread(target=remove, daemon=True).start()
 options = {options}
