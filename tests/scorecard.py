@@ -21,8 +21,8 @@ ROWS: dict[str, dict[str, str]] = yaml.safe_load((ROOT / "tests/scorecard.yaml")
 HEAD = """# Reliability
 
 What was done to runs, and what came of it. `make faults` writes this page: {} tests, {:.0f} minutes
-of them in two halves beside each other, {} failed and {} skipped, on {} cores ({} {}, torch {}). A
-smaller number of the same faults is a part of `make test`.
+of them in two halves beside each other, {} failed and {} skipped, on {} cores ({} {}, torch {}).
+A smaller number of the same faults is a part of `make test`.
 """
 
 
