@@ -237,11 +237,8 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     block, root = (_count(part.values()) for part in shapes(cfg, t))
     block_share, root_share = (_count(part.values(), n) for part in shapes(cfg, t))
     share = L * block_share + root_share
-    d, f, head = cfg.dim, cfg.hidden_dim, (cfg.vocab_size or 0) * cfg.dim // t
-    each, whole = modes(cfg, at), kept_by_block(cfg, at, "none")
-    if at.context > 1 and "manual" in each:
-        # its own keys and values, and their gradients beside those of all
-        whole += 4 * e * cfg.kv_heads * cfg.head_dim * tokens // t
+    d, head = cfg.dim, (cfg.vocab_size or 0) * cfg.dim // t
+    each = modes(cfg, at)
     # by the blocks before the i-th
     kept = [0, *accumulate(kept_by_block(cfg, at, mode) for mode in each)]
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
@@ -278,22 +275,7 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         phase("last block, forward pass", there, kept[L - 1], held, e * d * tokens // t)
     loss_holds = stay + max(0, arrives - before)
     phase("loss", there, kept[L] + last, loss_holds, in_loss)
-    # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
-    inside = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
-    # those that wait in float32 take each fresh one in at once
-    inside = max(inside + e * d * f // t, max(fresh * block, e * d * f // t) + e * tokens * d // t)
-    if t > 1:
-        # gradients of whole sequences, of both products and their sum, before they are divided
-        inside = max(inside, whole + e * tokens * (3 * d - f // t))
-    if at.context > 1:
-        # in its backward pass attention has keys, values and their gradients of whole sequences,
-        # gathered and in order, beside the gradients of all matrices behind it
-        kv = 2 * cfg.kv_heads * cfg.head_dim * at.context
-        there = e * (3 * d * f + d * d) // t
-        inside = max(inside, whole + there + e * tokens * (d + 4 * kv - 3 * f) // t)
-    if "manual" in each:
-        # until its end a block by hand has the gradients of all of its matrices
-        inside = max(inside, whole + e * ((4 if fresh else 1) * d * f + 3 * d * tokens) // t)
+    inside = _inside_block(cfg, at, block, fresh)
     # the fullest moment is at an end, where no more is fetched ahead, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, at.prefetch, L - 2, L - 1, *changes) if 0 <= i < L}):
@@ -318,6 +300,36 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     phase("end of the backward pass", ends, 0, held, e * (not waits) * root + copies * twice)
     phase("update", 4 * share, 0, 0, 0)
     return found
+
+
+def _inside_block(cfg: ModelConfig, at: Layout, block: int, fresh: int) -> int:
+    """Most bytes with which the backward pass of one block works, its activations among them.
+
+    `block`: its weights in one process; `fresh`: bytes of a gradient that is not summed up at once.
+    """
+    e, t, tokens, d, f = at.element_bytes, at.tensor, at.tokens, cfg.dim, cfg.hidden_dim
+    by_hand, kv = "manual" in modes(cfg, at), 2 * cfg.kv_heads * cfg.head_dim
+    whole = kept_by_block(cfg, at, "none")
+    if at.context > 1 and by_hand:
+        # its own keys and values, and their gradients beside those of all
+        whole += 2 * e * kv * tokens // t
+    # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
+    most = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
+    # gradients that wait in float32 take each fresh one in at once
+    most = max(most + e * d * f // t, max(fresh * block, e * d * f // t) + e * tokens * d // t)
+    if t > 1:
+        # gradients of whole sequences, of both products and their sum, before they are divided
+        most = max(most, whole + e * tokens * (3 * d - f // t))
+    if at.context > 1:
+        # in its backward pass attention has keys, values and their gradients of whole sequences,
+        # gathered and in order, beside the gradients of all matrices behind it
+        behind = e * (3 * d * f + d * d) // t
+        most = max(most, whole + behind + e * tokens * (d + 4 * kv * at.context - 3 * f) // t)
+    if by_hand:
+        # such a block gives all of its gradients at its end; 4 d f of them is what torch's tracker
+        # shows in the feed-forward's part, for f from d to 4 d
+        most = max(most, whole + e * ((4 if fresh else 1) * d * f + 3 * d * tokens) // t)
+    return most
 
 
 def peak(cfg: ModelConfig, at: Layout) -> tuple[str, dict[str, int]]:
