@@ -50,8 +50,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     """One optimizer step on this rank's windows: `tokens` (n, T+1) and their source index (n,).
 
-    Nothing here waits for the device. A non-finite loss or gradient on any rank, or a spike that is
-    to be skipped, leaves parameters and moments of every rank as they are.
+    Nothing here waits for the device, unless `guard.rerun` is on. A non-finite loss or gradient on
+    any rank, or a spike that is to be skipped, leaves parameters and moments of every rank as they
+    are.
     """
     cfg = state.cfg
     compute = partial(gradients, state, tokens, source)
@@ -70,7 +71,9 @@ def step(state: State, tokens: torch.Tensor, source: torch.Tensor) -> Step:
     return Step(loss, norm)
 
 
-def gradients(state: State, tokens: torch.Tensor, source: torch.Tensor) -> tuple[Any, ...]:
+def gradients(
+    state: State, tokens: torch.Tensor, source: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a step, left in the parameters, and what they are still to be multiplied with.
 
     Returns (sum of losses, targets) per source and the mean loss, over all ranks, then that factor.

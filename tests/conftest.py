@@ -5,6 +5,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -18,6 +19,26 @@ def rng() -> random.Random:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with token shards of two sources; test_runs.py has one made by commands."""
+    from made_starts import make_tokens
+
+    place = tmp_path_factory.mktemp("workspace")
+    make_tokens(place)
+    return place
+
+
+@pytest.fixture
+def inside(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A small run's state, before its first step, that skips spikes."""
+    from made_guard import state_in
+
+    monkeypatch.chdir(workspace)
+    with state_in("inside", **{"guard.spike": "skip"}) as state:
+        yield state
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 ROWS: dict[str, dict[str, str]] = yaml.safe_load((ROOT / "tests/scorecard.yaml").read_text())
 HEAD = """# Reliability
 
-What was done to runs, and what came of it. `make faults` writes this page: {} tests, {:.0f} minutes
-of them in two halves beside each other, {} failed and {} skipped, on {} cores ({} {}, torch {}).
-A smaller number of the same faults is a part of `make test`.
+What was done to runs, and what came of it. `make faults` writes this page: {} tests, which take
+{:.0f} minutes together and run in two halves, {} failed and {} skipped, on {} cores ({} {}, torch
+{}). A smaller number of the same faults is a part of `make test`.
 """
 
 

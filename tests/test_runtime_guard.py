@@ -3,8 +3,7 @@
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +11,7 @@ import numpy as np
 import orjson
 import pytest
 import torch
-from made_guard import batch, bits, state_in
-from made_starts import make_tokens
+from made_guard import batch, bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
@@ -161,20 +159,6 @@ def test_judging_a_step_takes_few_kernels() -> None:
 
 
 # -- a step ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("guarded")
-    make_tokens(place)
-    return place
-
-
-@pytest.fixture
-def inside(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[train.State]:
-    monkeypatch.chdir(workspace)
-    with state_in("inside", **{"guard.spike": "skip"}) as state:
-        yield state
 
 
 def unchanged(state: train.State, before: dict[str, torch.Tensor]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from made_guard import HSDP, go, run, state_in
-from made_starts import forked, make_tokens
+from made_starts import forked
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -18,13 +18,6 @@ from llama.cli import UserError
 from llama.runtime import checkpoint, replicas, world
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("guarded")
-    make_tokens(place)
-    return place
 
 
 @pytest.mark.slow

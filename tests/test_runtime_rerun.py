@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from made_guard import batch, bits, go, run, state_in
-from made_starts import forked, make_tokens
+from made_starts import forked
 
 import train
 from llama import config
@@ -20,13 +20,6 @@ from llama.runtime.guard import Guard
 
 pytestmark = pytest.mark.faults
 SAME = "the same bits: the data or the learning rate, not the hardware"
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("again")
-    make_tokens(place)
-    return place
 
 
 def test_a_bad_batch_gives_the_same_bits_and_the_policy_holds(

@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_guard import SPIKE, STEPS, go, run, state_in
+from made_guard import SPIKE, STEPS, go, run
 from made_starts import Run, make_tokens
 
 import train
@@ -20,20 +19,6 @@ pytestmark = pytest.mark.faults
 
 
 # -- the order and the rows ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("guarded")
-    make_tokens(place)
-    return place
-
-
-@pytest.fixture
-def inside(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[train.State]:
-    monkeypatch.chdir(workspace)
-    with state_in("inside", **{"guard.spike": "skip"}) as state:
-        yield state
 
 
 def test_a_passed_over_range_outlives_a_resume_before_it_and_a_ramp(inside: train.State) -> None:

@@ -65,7 +65,7 @@ def test_figures_travel_from_the_fixture_to_the_page(tmp_path: Path) -> None:
     page = (tmp_path / "docs/reliability.md").read_text()
     assert page in shown.stdout
     assert (
-        "5 tests, 0 minutes\nof them in two halves beside each other, 2 failed and 1 skipped"
+        "5 tests, which take\n0 minutes together and run in two halves, 2 failed and 1 skipped"
         in page
     )
     assert "| 1,000 | >= 1000 | met |" in page and "| 0.02 | <= 0.1 | met |" in page

@@ -21,6 +21,8 @@ from llama.runtime.state import State
 
 # of the attention backends these give the same bits twice on a GPU
 REPEATABLE = ("triton", "gluon", "reference")
+# statistics by source, the mean loss, what gradients are still to be multiplied with
+Result = tuple[Tensor, Tensor, Tensor]
 
 
 def repeatable(cfg: Config, backend: str, device: torch.device) -> bool:
@@ -37,18 +39,18 @@ def refuse(cfg: Config, backend: str, device: torch.device) -> None:
         raise UserError(problem)
 
 
-def checked(state: State, compute: Callable[[], Any]) -> Any:
-    """`compute()`: (statistics, loss, factor of the gradients), which are left in the parameters.
+def checked(state: State, compute: Callable[[], Result]) -> Result:
+    """What `compute()` gives, and leaves in the parameters.
 
     All ranks call it together. Where loss or norm is not finite or a spike it is called again, and
     what it gives then stands.
     """
-    result, norm, *sums = _once(state, compute)
-    if not state.guard.suspects(result[1], norm):
-        return result
-    first = f"loss {result[1]:.6g} and gradient norm {norm:.6g}"
+    (stats, loss, factor), norm, *sums = _once(state, compute)
+    if not state.guard.suspects(loss, norm):
+        return stats, loss, factor
+    first = f"loss {loss:.6g} and gradient norm {norm:.6g}"
     state.optimizer.zero_grad(set_to_none=True)
-    result, norm, *again = _once(state, compute)
+    (stats, loss, factor), norm, *again = _once(state, compute)
     differs = [not torch.equal(a, b) for a, b in zip(sums, again, strict=True)]
     told = state.world.gather((*differs, platform.node()))
     verdict = "the same bits: the data or the learning rate, not the hardware"
@@ -58,12 +60,12 @@ def checked(state: State, compute: Callable[[], Any]) -> Any:
             verdict = f"bad hardware: other bits are what rank {', '.join(odd)} {what}"
     state.world.say(
         f"WARNING: step {state.step + 1}, {first}, gives when computed again "
-        f"loss {result[1]:.6g} and gradient norm {norm:.6g}, {verdict}"
+        f"loss {loss:.6g} and gradient norm {norm:.6g}, {verdict}"
     )
-    return result
+    return stats, loss, factor
 
 
-def _once(state: State, compute: Callable[[], Any]) -> tuple[Any, Tensor, Tensor, Tensor]:
+def _once(state: State, compute: Callable[[], Result]) -> tuple[Result, Tensor, Tensor, Tensor]:
     """What `compute` gives, the gradients' norm, and checksums of what this rank did and holds.
 
     It did the losses and the gradient that arrives at the bottom of the model: neither was summed
