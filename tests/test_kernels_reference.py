@@ -162,7 +162,7 @@ def test_attention(dtype: torch.dtype, documents: bool, T: int, S: int, H: int, 
     doc_ids = torch.randint(0, 2, (2, S)).cumsum(1) if documents else None
     out = reference.attention(q, k, v, doc_ids)
     assert out.dtype == dtype
-    # bfloat16: the rounding of the result alone. Wider types round scores of up to 8 or so in each
-    # of 8 products, and an exponential makes of a score's error in eps a weight's: 4 in 9,000 cases.
+    # bfloat16: the rounding of the result alone. Wider types round scores of up to 8 or so at each
+    # of 8 products, and their absolute error becomes a weight's relative one: 4 eps in 9,000 cases.
     roundings = 2 if dtype == torch.bfloat16 else 16
     assert error(out, plain_attention(q, k, v, doc_ids)) <= roundings * torch.finfo(dtype).eps
