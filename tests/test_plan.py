@@ -248,6 +248,32 @@ def test_mfu_of_a_step_follows_from_its_speed() -> None:
     assert 380 * palm / 312e12 == pytest.approx(0.495, abs=5e-4)
 
 
+def test_collectives_of_the_last_micro_batch_alone_are_counted_once() -> None:
+    model = published.model("LLaMA-7B")
+    at = Layout(2048, shard=16, replicate=16)
+
+    def terms(passes: int, **changes: Any) -> list[float]:
+        found = speed.step(model, replace(at, **changes), A100, 0.8, passes).terms
+        return [found["FSDP beside them"], found["FSDP before and after"]]
+
+    once, five = terms(1), terms(5)
+    assert five == pytest.approx([5 * seconds for seconds in once])
+    # each leaves out more of the other micro-batches, and none of the last one
+    for name in ("replica_deferred", "unsharded"):
+        assert terms(1, accumulate=name) == once
+        fewer = terms(5, accumulate=name)
+        assert all(a < b < c for a, b, c in zip(once, fewer, five, strict=True))
+        five = fewer
+    shards, replicas = speed.Group(A100, 16, 1), speed.Group(A100, 16, 16)
+    block, root = (sum(r * c for r, c in part.values()) for part in costs.shapes(model, 1))
+    edges = 5 * shards.seconds(2 * (root + block)) + shards.seconds(4 * root)
+    assert five[1] == pytest.approx(edges + replicas.all_reduce(4 * root / 16))
+    # gathered weights that stay are asked for once a step, and never for the backward pass
+    stay = terms(5, reshard=False, accumulate="unsharded")
+    assert all(a < b for a, b in zip(stay, five, strict=True))
+    assert stay == pytest.approx(terms(1, reshard=False))
+
+
 # -- layouts ---------------------------------------------------------------------------------------
 
 

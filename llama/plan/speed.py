@@ -134,16 +134,9 @@ def step(
     sequence = 4 * Group(chip, t, 1).seconds(e * d * tokens)
     ring = _ring(cfg, at, chip, compute(0, dot, 0))
 
-    # ranks that share a matrix are neighbours, then those of a sequence, of a copy, of all
-    shards, replicas = Group(chip, at.shards, t), Group(chip, at.replicate, t * at.shards)
-    gather, reduce = shards.seconds(e * block), shards.seconds(4 * block)
-    copies = replicas.all_reduce(4 * block / at.shards)
-    # within a machine FSDP's collectives leave the network to the replicas
-    apart = shards.machines == 1
-    between = max(gather + reduce, copies) if apart else gather + reduce + copies
-    fsdp = exposed(gather, forward + sequence) + exposed(between, backward + repeated + sequence)
-    edges = shards.seconds(e * (root + block)) + shards.seconds(4 * root)
-    edges += replicas.all_reduce(4 * root / at.shards)
+    beside, edges = _fsdp(
+        at, chip, (block, root), passes, forward + sequence, backward + repeated + sequence
+    )
 
     terms = {
         "forward pass": passes * L * forward,
@@ -152,8 +145,8 @@ def step(
         "head and loss": passes * compute(6 * V * d / t, 0, 3 * V / t),
         "tensor parallel": passes * L * (2 + share.get("full", 0)) * sequence,
         "context parallel": passes * L * ring,
-        "FSDP beside them": passes * L * fsdp,
-        "FSDP before and after": passes * edges,
+        "FSDP beside them": L * beside,
+        "FSDP before and after": edges,
         # reads the gradient, reads and writes float32 weights and both moments
         "optimizer": 28 * (L * block + root) / at.shards / chip.bandwidth / efficiency,
     }
@@ -168,6 +161,39 @@ def _ring(cfg: ModelConfig, at: Layout, chip: Chip, attention: float) -> float:
     # backward, their gradients travel too, beside two and a half times the work
     passed = group.seconds(kv * at.context)
     return exposed(passed, attention) + exposed(2 * passed, 2.5 * attention)
+
+
+def _fsdp(
+    at: Layout, chip: Chip, sizes: tuple[int, int], passes: int, forward: float, backward: float
+) -> tuple[float, float]:
+    """What a step waits for FSDP: beside the work of each block, and before and after all of it.
+
+    `sizes` are the elements of a block and of the rest, `forward` and `backward` a block's seconds.
+    """
+    block, root = sizes
+    # ranks that share a matrix are neighbours, then those of a sequence, of a copy, of all
+    shards = Group(chip, at.shards, at.tensor)
+    replicas = Group(chip, at.replicate, at.tensor * at.shards)
+    gather, reduce = shards.seconds(at.element_bytes * block), shards.seconds(4 * block)
+    copies = replicas.all_reduce(4 * block / at.shards)
+    # Weights that stay gathered are asked for once a step; gradients that wait, or wait for the
+    # other copies, are reduced, or summed over those, in the last micro-batch alone.
+    gathers = passes if at.reshard else 1
+    reductions = 1 if at.accumulate == "unsharded" else passes
+    sums = passes if at.accumulate == "sharded" else 1
+
+    def beside(reduce: float, copies: float) -> float:
+        moved = gather * at.reshard + reduce
+        # within a machine FSDP's collectives leave the network to the replicas
+        between = max(moved, copies) if shards.machines == 1 else moved + copies
+        return exposed(between, backward)
+
+    waited = gathers * exposed(gather, forward) + beside(reduce, copies)
+    waited += (passes - 1) * beside(reduce * (reductions > 1), copies * (sums > 1))
+    edges = gathers * shards.seconds(at.element_bytes * (root + block))
+    edges += reductions * shards.seconds(4 * root)
+    edges += sums * replicas.all_reduce(4 * root / at.shards)
+    return waited, edges
 
 
 def energy(gpu_hours: float, watts: float) -> tuple[float, float]:
