@@ -26,6 +26,7 @@ from llama.costs import CHIPS, Layout
 from llama.model import Transformer
 from llama.parallel import apply, fsdp
 from llama.parallel.layout import divisors, nearest, resolve, share, with_micro_batch
+from llama.plan import __main__ as plan_command
 from llama.plan import dry, layouts, published, speed
 from llama.runtime.background import Saver
 from llama.runtime.guard import Guard
@@ -339,6 +340,26 @@ def test_what_does_not_divide_is_named_with_what_would(
     with pytest.raises(UserError, match=said) as raised:
         resolve(run_config(**parallel), gpus)
     assert "\n" not in str(raised.value)
+
+
+def test_what_may_wait_for_the_last_micro_batch_is_offered_where_it_fits_and_gains() -> None:
+    cfg = run_config("llama_7b", shard=8)
+    cfg.train.micro_batch = 2
+    own = layouts.configured(cfg, 64, A100, 0.78)
+    best = layouts.waiting(cfg, own, A100, 0.78)
+    assert best.step.tokens_per_s > 1.01 * own.step.tokens_per_s and best.bytes > own.bytes
+    shown = list(plan_command.report(cfg, 64, "a100-80g", published.usual(A100), False))
+    said = next(part for part in shown if part.startswith("the configuration's layout"))
+    options = said.splitlines()[-1].split()
+    assert options and max(map(len, said.splitlines())) <= 80
+    path = ["--config", str(ROOT / "configs/llama_7b.yaml"), "--train.micro_batch", "2"]
+    offered = config.load([*path, "--parallel.shard", "8", *options])
+    found = layouts.configured(offered, 64, A100, 0.78)
+    assert found == replace(best, layout=found.layout) and found.bytes <= 0.92 * A100.memory
+    # what is asked for already is not offered, nor what does not fit
+    assert layouts.waiting(offered, found, A100, 0.78) == found
+    small = replace(A100, memory=own.bytes / 0.92)
+    assert layouts.waiting(cfg, own, small, 0.78).bytes <= own.bytes
 
 
 def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:

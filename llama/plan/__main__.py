@@ -89,7 +89,13 @@ def report(cfg: Config, gpus: int, gpu: str, stack: str, explain: bool) -> Itera
         f"efficiency: {efficiency:.2f} of what the chip reaches, as {stack} has it"
     )
     yield memory_table(cfg, own, chip)
-    yield "the configuration's layout\n" + ranking([own], cfg)
+    text, best = ranking([own], cfg), layouts.waiting(cfg, own, chip, efficiency)
+    if best.step.tokens_per_s > 1.01 * own.step.tokens_per_s:
+        text += f"\n{best.step.tokens_per_s:,.0f} tok/s/GPU in {show_bytes(best.bytes)} with\n "
+        for key in ("accumulate", "reshard"):
+            if (value := getattr(best.layout, key)) != getattr(own.layout, key):
+                text += f" --parallel.{key} {str(value).lower()}"
+    yield f"the configuration's layout\n{text}"
     yield summary(cfg, own, chip)
     if explain:
         yield from explanation(cfg, own)

@@ -7,6 +7,7 @@ in one sentence with the nearest that would.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from llama import costs
 from llama.cli import UserError, show_bytes
@@ -145,6 +146,15 @@ def ranked(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> list[Plan]:
                 if better and plan.bytes <= ROOM * chip.memory:
                     best[kind] = plan
     return sorted(best.values(), key=_order)
+
+
+def waiting(cfg: Config, own: Plan, chip: Chip, efficiency: float) -> Plan:
+    """The quickest that fits of a plan and its like whose gradients or weights wait for the last
+    micro-batch."""
+    ways = product(("sharded", "replica_deferred", "unsharded"), (True, False))
+    others = [replace(own.layout, accumulate=kept, reshard=given_up) for kept, given_up in ways]
+    plans = [evaluate(cfg, at, chip, efficiency) for at in others]
+    return min([own, *(p for p in plans if p.bytes <= ROOM * chip.memory)], key=_order)
 
 
 def _order(plan: Plan) -> tuple[float, int]:
