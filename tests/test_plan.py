@@ -457,6 +457,7 @@ def test_a_run_is_refused_before_a_process_group_starts(
     device: str, changes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = run_config("llama_7b", replicate=1)
+    changes = dict(changes)
     cfg.train.micro_batch = changes.pop("micro_batch", 1)
     if cfg.train.micro_batch > 1:
         cfg.train.batch_tokens = Count(3 * 64 * 2048)
