@@ -173,8 +173,10 @@ def test_a_plain_file_may_hold_gzip_and_begin_oddly(tmp_path) -> None:
 
 def test_no_archive_at_all(tmp_path, rng) -> None:
     assert read(tmp_path, b"") == []
-    for data in (rng.randbytes(300_000), b"\x1f\x8b\x08" + bytes(5), b"hello\n" * 9, b"\n" * 99):
-        assert [r.problem for r in read(tmp_path, data)] in ([], ["damaged"])
+    magic, noise = b"\x1f\x8b\x08", rng.randbytes(300_000)
+    for data in (magic + bytes(5), b"hello\n" * 9, b"\n" * 99, noise, noise[:999] + magic + noise):
+        # what stands before the first magic bytes, and what follows them
+        assert [r.problem for r in read(tmp_path, data)] in ([], ["damaged"], ["damaged"] * 2)
 
 
 @pytest.mark.slow
