@@ -110,15 +110,15 @@ class Executor:
         folders = {answer.parent for answer in left}
         try:
             runs = self._launch(wave, len(tasks))
-            while left:
+            running = True
+            # to the end, also with all answers there: it still writes into the folder
+            while running:
                 running = runs()
                 for answer in [a for folder in folders for a in folder.glob(f".*.{name}.answer")]:
                     yield tasks[left[answer]], pickle.loads(answer.read_bytes())
                     answer.unlink()
                     del left[answer]
-                if not running:
-                    break
-                time.sleep(POLL_S)
+                time.sleep(POLL_S * running)
             if left:
                 logs = wave.with_name(f".lost-{name}")
                 shutil.copytree(wave / "logs", logs, dirs_exist_ok=True)
