@@ -154,6 +154,13 @@ def main() -> int:
         command = [environment(args.triton), "-m", "kernels.check", "--only", args.only]
         return subprocess.run([*command, "--processes", str(args.processes)]).returncode
     os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        print(
+            f"error: compiling kernels needs triton ({error}): pip install triton", file=sys.stderr
+        )
+        return 2
     return min(run(args.only, args.processes), 1)
 
 

@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NoReturn
 
 import jsonargparse
 
 EXIT_USER, EXIT_REQUEUE = 2, 75
+CORPUS_EXTRA = "'llama-pretraining[corpus]'"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 PLAIN_PROGRESS_EVERY_S = 10.0
 
@@ -27,9 +29,15 @@ class UserError(ValueError):
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and exit with the project's codes."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # what runs leave is read under other locales: Python begins anew, in UTF-8
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     try:
         with as_user_error("the working folder is gone", FileNotFoundError):
             os.getcwd()
+        with as_user_error("the command line is not UTF-8", UnicodeEncodeError):
+            "".join(sys.argv).encode()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # names that a terminal's encoding lacks must not end a command
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -52,6 +60,16 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         sys.stderr.close()
         code = 0
     sys.exit(code or 0)
+
+
+def needed(module: str, by: str, install: str) -> Any:
+    """A module that an extra brings; `UserError` where it is missing or broken."""
+    try:
+        return import_module(module)
+    except Exception as error:  # a broken package raises anything
+        raise UserError(
+            f"{by} needs {module}, which cannot be imported ({error}): pip install {install}"
+        ) from error
 
 
 def expect(good: object, what: str, expected: str) -> None:
@@ -171,7 +189,7 @@ def _one_sentence(message: str, keys: Sequence[str]) -> str:
     """Squeeze an argument error into one line and propose the nearest known key."""
     text = re.sub(r"\s+", " ", message.replace("Parser key", "key")).strip().rstrip(".")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("<unicode string>:", "line ")
     unknown = re.search(
         r"(?:[Uu]nrecognized arguments:|does not accept option|Option)"
         r" ['\"]?-{0,2}([\w.]+)",

@@ -22,6 +22,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import jsonargparse
 import orjson
 import yaml
 import zstandard
@@ -202,6 +203,20 @@ class _StrictYaml(yaml.SafeLoader):
                 raise UserError(f"{self.name}:{line} gives the key {key!r} twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_read: Callable[[str], Any] = jsonargparse.get_loader("yaml")
+
+
+def _strictly(text: str) -> Any:
+    value = yaml.load(text, _StrictYaml)
+    if isinstance(value, dict) and (other := value.get("config")):
+        raise UserError(f"config: {other} stands in a YAML: give it as a --config of its own")
+    return _read(text)
+
+
+# what jsonargparse reads by itself too: values of options, and files as in `--optim mine.yaml`
+jsonargparse.set_loader("yaml", _strictly, (yaml.YAMLError, UserError))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

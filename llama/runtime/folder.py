@@ -19,12 +19,15 @@ import torch
 from llama import config, files
 from llama.cli import UserError
 from llama.config import Config
+from llama.data import schedule
 from llama.runtime import checkpoint
 from llama.runtime.metrics import Tee
 from llama.runtime.world import World
 
 RUNS = Path("runs")
 EXIT_REASON = "EXIT_REASON"
+# By a run alone; what a report is writing meanwhile is not.
+WRITTEN = "config.yaml", "env.json", "metrics.jsonl", EXIT_REASON, schedule.REWINDS, "profile/*"
 
 
 @contextmanager
@@ -71,6 +74,9 @@ def record(run: Path, cfg: Config, here: World) -> None:
     """Make the folder this run's, once nothing can refuse it any more; sweep what a kill left."""
     if here.leads:
         checkpoint.sweep(run)
+        for name in WRITTEN:
+            for part in run.glob(f"{name}.part*"):
+                part.unlink(missing_ok=True)
         files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
         files.write_json(run / "env.json", environment(here))
         (run / EXIT_REASON).unlink(missing_ok=True)
