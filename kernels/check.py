@@ -155,13 +155,10 @@ def main() -> int:
         return subprocess.run([*command, "--processes", str(args.processes)]).returncode
     os.environ.pop("TRITON_INTERPRET", None)
     try:
-        import triton  # noqa: F401
+        return min(run(args.only, args.processes), 1)
     except ImportError as error:
-        print(
-            f"error: compiling kernels needs triton ({error}): pip install triton", file=sys.stderr
-        )
+        print(f"error: compiling needs triton ({error}): pip install triton", file=sys.stderr)
         return 2
-    return min(run(args.only, args.processes), 1)
 
 
 if __name__ == "__main__":

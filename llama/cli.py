@@ -5,6 +5,7 @@ resume, 1 anything else (with its traceback).
 """
 
 import difflib
+import errno
 import io
 import os
 import re
@@ -18,6 +19,8 @@ from typing import Any, NoReturn
 import jsonargparse
 
 EXIT_USER, EXIT_REQUEUE = 2, 75
+# A folder of somebody else, or on a disk that takes nothing.
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 CORPUS_EXTRA = "'llama-pretraining[corpus]'"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 PLAIN_PROGRESS_EVERY_S = 10.0
@@ -33,6 +36,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         # what runs leave is read under other locales: Python begins anew, in UTF-8
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
+    # closed ones, as under some daemons, say nothing
+    sys.stdout, sys.stderr = (out or open(os.devnull, "w") for out in (sys.stdout, sys.stderr))
     try:
         with as_user_error("the working folder is gone", FileNotFoundError):
             os.getcwd()
@@ -46,12 +51,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER
-    except PermissionError as error:
-        # somebody else's folder; what no file is named in is a bug of ours
-        if not error.filename:
-            raise
-        print(f"error: {error.filename}: {error.strerror}, for this user", file=sys.stderr)
-        code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -59,6 +58,12 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         # the reader of our output has gone, as in `command | head`
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        # what names no file is a bug of ours
+        if error.errno not in CLOSED or not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = EXIT_USER
     sys.exit(code or 0)
 
 

@@ -106,7 +106,9 @@ def test_exit_codes() -> None:
     assert _exit("return 75").returncode == 75
     theirs = _exit("raise PermissionError(13, 'Permission denied', 'data/x')")
     assert theirs.returncode == 2
-    assert theirs.stderr == "error: data/x: Permission denied, for this user\n"
+    assert theirs.stderr == "error: data/x: Permission denied\n"
+    full = _exit("raise OSError(30, 'Read-only file system', 'runs')")
+    assert (full.returncode, full.stderr) == (2, "error: runs: Read-only file system\n")
     for error in ("ValueError('a bug')", "PermissionError(1, 'Operation not permitted')"):
         bug = _exit(f"raise {error}")
         assert bug.returncode == 1 and "Traceback" in bug.stderr
@@ -128,6 +130,13 @@ def test_names_are_utf8_in_every_locale(tmp_path: Path) -> None:
 def test_bytes_that_are_no_utf8_are_a_sentence() -> None:
     told = _exit(WRITES, b"na\xefve")
     assert told.returncode == 2 and "error: the command line is not UTF-8: " in told.stderr
+
+
+def test_closed_outputs_end_nothing(tmp_path: Path) -> None:
+    code = "from llama import cli; cli.run(lambda argv: open(argv[0], 'w').write('x') and print())"
+    command = [sys.executable, "-c", code, str(tmp_path / "made")]
+    assert subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command]).returncode == 0
+    assert (tmp_path / "made").read_text() == "x"
 
 
 def test_a_package_that_is_missing_or_broken_is_a_sentence(tmp_path: Path, monkeypatch) -> None:

@@ -278,6 +278,13 @@ def test_the_worst_of_environments_changes_no_number(place: Path, tmp_path: Path
     _same(Path("runs/worst"))
 
 
+def test_a_network_that_is_not_there_is_a_sentence(place: Path) -> None:
+    env = {"GLOO_SOCKET_IFNAME": "none0"}
+    said = call(str(ROOT / "train.py"), *words("alone"), cwd=place, env=env, expect=2)
+    assert "error: rank 0 cannot join the others over the network: " in said
+    assert "Traceback" not in said and not (place / "runs/alone").exists()
+
+
 @pytest.mark.parametrize("module", ["wandb", "torch.utils.tensorboard"])
 def test_a_broken_logger_is_a_sentence(tmp_path: Path, monkeypatch, module: str) -> None:
     class Broken:

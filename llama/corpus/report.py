@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from llama import cli, files, html
-from llama.cli import UserError, show_bytes, show_count
+from llama.cli import UserError, needed, show_bytes, show_count
 from llama.corpus import lineage
 from llama.corpus.lineage import READING, SAMPLES, Stage
 from llama.html import Picture, soft, tag
@@ -134,10 +134,8 @@ def is_duplicate(reason: str) -> bool:
 
 def _draw(entries: Mapping[str, Entry], perplexities: Sequence[Any]) -> dict[str, Picture]:
     """Shares of the tokens beside the paper's, and perplexities where they are known."""
-    html.need_matplotlib()
     # imported here: an extra, and only for pictures
-    from matplotlib.figure import Figure
-
+    Figure = needed("matplotlib.figure", "drawing", "'llama-pretraining[report]'").Figure
     shares = _shares(entries)[::-1]
     names, places = [name for name, *_ in shares], range(len(shares))
     figure = Figure((11, 1 + 0.4 * len(names)), layout="constrained")
