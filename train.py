@@ -163,11 +163,9 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     micro_batch = fitting_micro_batch(cfg, here)
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
-    kernels = cfg.kernels
+    asked = cfg.kernels.attention, here.device, dtype, cfg.model.head_dim
     with cli.as_user_error("this machine", ValueError):
-        backend = attention.choose(
-            kernels.attention, here.device, dtype, cfg.model.head_dim, kernels.deterministic
-        )
+        backend = attention.choose(*asked, cfg.kernels.deterministic)
     rerun.refuse(cfg, backend, here.device)
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)

@@ -88,10 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
     keys = recipe.Options.__dataclass_fields__
     options = recipe.Options(**{key: values[key] for key in keys})
     options.source = options.source or Path(values.output).resolve().name
-    if not re.fullmatch(r"\w[\w.+-]*", options.source):
-        raise UserError(
-            f"source is {options.source!r}, expected letters, digits, '.', '_', '+' and '-' only"
-        )
+    good = re.fullmatch(r"\w[\w.+-]*", options.source)
+    expect(good, f"source is {options.source!r}", "letters, digits, '.', '_', '+' and '-' only")
     share = values.max_quarantined
     expect(0 <= share <= 1, f"max_quarantined is {share}", "0 to 1")
     return recipe, options, values

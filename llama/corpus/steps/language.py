@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from llama.cli import UserError, expect, needed
+from llama.cli import UserError, as_user_error, expect, needed
 from llama.corpus.document import Document, Item
 from llama.corpus.models.linear import Linear
 
@@ -29,12 +29,8 @@ def check(languages: Sequence[str], min_score: float, model: str) -> None:
         needed(module, "identifying languages", package)
     if model and not Path(model).is_file():
         raise UserError(f"language_model {model} is no file")
-    try:
+    with as_user_error(f"language_model {model} cannot be loaded", Exception):
         known = identifier(model)[1]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"language_model {model} cannot be loaded: {error}") from error
     if unknown := sorted(set(languages) - known):
         name = model if ours else module
         raise UserError(f"languages names {', '.join(unknown)}, which {name} does not know")
