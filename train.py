@@ -163,9 +163,9 @@ def build(cfg: Config, here: world.World, run: Path) -> State:
     micro_batch = fitting_micro_batch(cfg, here)
     dtype = DTYPES.get(cfg.train.dtype)
     dtype = dtype or (torch.bfloat16 if here.device.type == "cuda" else torch.float32)
-    backend = attention.choose(
-        cfg.kernels.attention, here.device, dtype, cfg.model.head_dim, cfg.kernels.deterministic
-    )
+    asked = cfg.kernels.attention, here.device, dtype, cfg.model.head_dim
+    with cli.as_user_error("this machine", ValueError):
+        backend = attention.choose(*asked, cfg.kernels.deterministic)
     rerun.refuse(cfg, backend, here.device)
     with torch.device("meta"):
         model = Transformer(cfg.model, attention=backend)
@@ -324,6 +324,8 @@ def loop(state: State, watch: Watch) -> None:
         if state.step % cfg.checkpoint.every == 0:
             watch.beat("saving")
             with clock.paused():
+                if log:
+                    log.sync()
                 saved = state.step if save(state, wait=False) else saved
     watch.beat("saving")
     state.saver.finish()
@@ -335,7 +337,7 @@ def loop(state: State, watch: Watch) -> None:
     watch.beat("ending")
     reader.close()
     if log:
-        log.close()
+        log.sync()
 
 
 def rows_of(state: State, number: int) -> tuple[int, int]:

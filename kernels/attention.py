@@ -6,8 +6,7 @@ share one key/value head; attention stays inside documents where their ids are g
 
 import math
 from functools import cache
-from importlib import metadata
-from importlib.util import find_spec
+from importlib import import_module, metadata
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +51,10 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     if kind in ("sdpa", "reference"):
         return None
     package = "xformers" if kind == "xformers" else "triton"
-    if find_spec(package) is None:
-        return f"{package} is not installed"
+    try:
+        import_module("xformers.ops" if kind == "xformers" else package)
+    except Exception as error:  # a broken package raises anything
+        return f"{package} cannot be imported: {error}"
     interpreted = package == "triton" and dispatch.INTERPRETED
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
     if not (on_gpu or interpreted):

@@ -154,7 +154,11 @@ def main() -> int:
         command = [environment(args.triton), "-m", "kernels.check", "--only", args.only]
         return subprocess.run([*command, "--processes", str(args.processes)]).returncode
     os.environ.pop("TRITON_INTERPRET", None)
-    return min(run(args.only, args.processes), 1)
+    try:
+        return min(run(args.only, args.processes), 1)
+    except ImportError as error:
+        print(f"error: compiling needs triton ({error}): pip install triton", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

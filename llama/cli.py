@@ -5,6 +5,7 @@ resume, 1 anything else (with its traceback).
 """
 
 import difflib
+import errno
 import io
 import os
 import re
@@ -12,11 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NoReturn
 
 import jsonargparse
 
 EXIT_USER, EXIT_REQUEUE = 2, 75
+# A folder of somebody else, or on a disk that takes nothing.
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+CORPUS_EXTRA = "'llama-pretraining[corpus]'"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 PLAIN_PROGRESS_EVERY_S = 10.0
 
@@ -27,9 +32,17 @@ class UserError(ValueError):
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Call `main` with the command line and exit with the project's codes."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        # what runs leave is read under other locales: Python begins anew, in UTF-8
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    # closed ones, as under some daemons, say nothing
+    sys.stdout, sys.stderr = (out or open(os.devnull, "w") for out in (sys.stdout, sys.stderr))
     try:
         with as_user_error("the working folder is gone", FileNotFoundError):
             os.getcwd()
+        with as_user_error("the command line is not UTF-8", UnicodeEncodeError):
+            "".join(sys.argv).encode()
         if isinstance(sys.stdout, io.TextIOWrapper):
             # names that a terminal's encoding lacks must not end a command
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -38,12 +51,6 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER
-    except PermissionError as error:
-        # somebody else's folder; what no file is named in is a bug of ours
-        if not error.filename:
-            raise
-        print(f"error: {error.filename}: {error.strerror}, for this user", file=sys.stderr)
-        code = EXIT_USER
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -51,7 +58,23 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
         # the reader of our output has gone, as in `command | head`
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        # what names no file is a bug of ours
+        if error.errno not in CLOSED or not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = EXIT_USER
     sys.exit(code or 0)
+
+
+def needed(module: str, by: str, install: str) -> Any:
+    """A module that an extra brings; `UserError` where it is missing or broken."""
+    try:
+        return import_module(module)
+    except Exception as error:  # a broken package raises anything
+        raise UserError(
+            f"{by} needs {module}, which cannot be imported ({error}): pip install {install}"
+        ) from error
 
 
 def expect(good: object, what: str, expected: str) -> None:
@@ -67,6 +90,8 @@ def as_user_error(
     """Errors of these kinds become the user's: `what`, a colon, and what they show."""
     try:
         yield
+    except UserError:
+        raise
     except kinds as error:
         raise UserError(f"{what}: {show(error)}") from error
 
@@ -171,7 +196,7 @@ def _one_sentence(message: str, keys: Sequence[str]) -> str:
     """Squeeze an argument error into one line and propose the nearest known key."""
     text = re.sub(r"\s+", " ", message.replace("Parser key", "key")).strip().rstrip(".")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("<unicode string>:", "line ")
     unknown = re.search(
         r"(?:[Uu]nrecognized arguments:|does not accept option|Option)"
         r" ['\"]?-{0,2}([\w.]+)",

@@ -248,7 +248,8 @@ class GuardConfig:
         spike: What follows a spike of the loss or the gradient norm: off (a warning), skip (the
             step changes nothing), rewind (to an older checkpoint, then past the batches around it).
         sigma: Standard deviations above the last steps from which on it is a spike.
-        window: Steps that these are; before there are as many, nothing is a spike.
+        window: Steps that these are; before there are as many, nothing is a spike. Made longer in
+            the middle of a run, it judges on with those it has.
         rewind_steps: How far before the spike the checkpoint is to lie, where there is one.
         skip_steps: Batches that a rewind passes over, half of them before the spike.
         rewinds: Most rewinds to the same checkpoint.

@@ -18,7 +18,7 @@ import time
 from functools import lru_cache
 from typing import Any
 
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 
 VARIABLE = "LLAMA_FAULTS"
 # Each is named after what has just been done, or is being done.
@@ -55,13 +55,11 @@ class _Armed:
                 f"{VARIABLE}: the action of {self.point} is {self.action!r}, expected one of "
                 f"{' '.join(ACTIONS)}, a signal (sigterm) or an error of the system (enospc)"
             )
-        try:
+        with as_user_error(f"{VARIABLE}: {text!r}", ValueError):
             self.hit, self.chance, self.seconds, seed = (
                 float(self.where.pop(key, default))
                 for key, default in (("hit", 0), ("chance", 1), ("seconds", 1e9), ("seed", 0))
             )
-        except ValueError as error:
-            raise UserError(f"{VARIABLE}: {text!r}: {error}") from error
         self.random = random.Random(seed)
 
     def due(self, name: str, here: dict[str, Any]) -> bool:

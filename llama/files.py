@@ -22,12 +22,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import jsonargparse
 import orjson
 import yaml
 import zstandard
 
 from llama import faults
-from llama.cli import UserError
+from llama.cli import UserError, as_user_error
 
 CHUNK_BYTES = 1 << 16
 # One chunk of a hostile zstd frame may grow 30,000 times, of a gzip member 1,000 times.
@@ -145,12 +146,10 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file; a missing or broken one is the user's error with its name."""
-    try:
-        return orjson.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    with as_user_error(f"{path} cannot be read", OSError, show=lambda error: error.strerror):
+        data = Path(path).read_bytes()
+    with as_user_error(f"{path} is not valid JSON", orjson.JSONDecodeError):
+        return orjson.loads(data)
 
 
 def json_object(where: object, value: Any) -> dict[str, Any]:
@@ -202,6 +201,20 @@ class _StrictYaml(yaml.SafeLoader):
                 raise UserError(f"{self.name}:{line} gives the key {key!r} twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_read: Callable[[str], Any] = jsonargparse.get_loader("yaml")
+
+
+def _strictly(text: str) -> Any:
+    value = yaml.load(text, _StrictYaml)
+    if isinstance(value, dict) and (other := value.get("config")):
+        raise UserError(f"config: {other} stands in a YAML: give it as a --config of its own")
+    return _read(text)
+
+
+# what jsonargparse reads by itself too: values of options, and files as in `--optim mine.yaml`
+jsonargparse.set_loader("yaml", _strictly, (yaml.YAMLError, UserError))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama.cli import UserError, expect
+from llama.cli import expect
 
 # Cells of columns that are aligned right: 1,024; −0.3 %; 4.19M; 3 of 7; 1.2 GiB; and – for none.
 NUMBER = re.compile(r"[-+−–\d.,% ]+(of [\d,?]+|[kMGT]?i?B?)")
@@ -86,15 +86,6 @@ def check_output(output: Path) -> None:
     """Raise `UserError` for what cannot be the name of a page."""
     good = output.suffix in (".html", ".htm") and not output.is_dir()
     expect(good, f"--output is {output}", "a file name that ends in .html")
-
-
-def need_matplotlib() -> None:
-    """Raise `UserError` where it is missing: an extra, and only for pictures."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        hint = "the extra `report` brings it, `pip install -e '.[report]'`"
-        raise UserError(f"matplotlib cannot be imported ({error}): {hint}") from error
 
 
 def page(title: str, *parts: object) -> str:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llama.cli import UserError
+from llama.cli import UserError, expect
 
 AT_LEAST_ZERO = ("seed", "optim.warmup_steps", "optim.weight_decay", "validation.every")
 SHARES = ("optim.min_lr_ratio", "optim.decay_ratio", "optim.betas.0", "optim.betas.1")
@@ -22,11 +22,10 @@ ROPE_SCALINGS = {
 def check_weights(weights: dict[str, Any], where: str) -> dict[str, float]:
     """Weights by source name, each positive, summing to 1 within 1e-6."""
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-            raise UserError(f"{where}: the weight of {name} is {weight!r}, expected a number > 0")
+        good = isinstance(weight, int | float) and not isinstance(weight, bool) and weight > 0
+        expect(good, f"{where}: the weight of {name} is {weight!r}", "a number > 0")
     total = math.fsum(weights.values())
-    if abs(total - 1) > 1e-6:
-        raise UserError(f"{where}: the weights sum to {total:.6g}, expected 1")
+    expect(abs(total - 1) <= 1e-6, f"{where}: the weights sum to {total:.6g}", "1")
     return {str(name): float(weight) for name, weight in weights.items()}
 
 
@@ -50,13 +49,11 @@ def check(cfg: dict[str, Any]) -> None:
             good, expected = 0 <= value < 2**64, "0 or more, below 2^64"
         else:
             good, expected = 0 < value < math.inf, "more than 0"
-        if not good:
-            raise UserError(f"{key} is {value}, expected {expected}")
+        expect(good, f"{key} is {value}", expected)
     m, d, t, p = cfg["model"], cfg["data"], cfg["train"], cfg["parallel"]
     name = cfg["name"]
-    if not re.fullmatch(r"[\w][\w.+-]*", name) or len(name.encode()) > 200:
-        expected = "200 bytes of letters, digits, '.', '_' and '-' at most"
-        raise UserError(f"name is {name!r}, expected {expected}")
+    good = re.fullmatch(r"[\w][\w.+-]*", name) is not None and len(name.encode()) <= 200
+    expect(good, f"name is {name!r}", "200 bytes of letters, digits, '.', '_' and '-' at most")
     dim, heads, kv_heads = m["dim"], m["n_heads"], m["n_kv_heads"] or m["n_heads"]
     if dim % heads or (dim // heads) % 2:
         raise UserError(f"model.dim {dim} / model.n_heads {heads} gives no even, whole head size")
@@ -73,8 +70,8 @@ def check(cfg: dict[str, Any]) -> None:
                 f"{key} {batch} is not a multiple of data.seq_len {length}; {near} would be"
             )
     steps = re.fullmatch(r"0*([1-9]\d*)-(\d+)", cfg["log"]["profile"] or "1-1")
-    if not steps or int(steps[1]) > int(steps[2]):
-        raise UserError(f"log.profile is {cfg['log']['profile']!r}, expected steps such as 10-12")
+    good = steps is not None and int(steps[1]) <= int(steps[2])
+    expect(good, f"log.profile is {cfg['log']['profile']!r}", "steps such as 10-12")
     if isinstance(d["mixture"], dict):
         check_weights(d["mixture"], "data.mixture")
     if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
@@ -88,15 +85,14 @@ def check(cfg: dict[str, Any]) -> None:
 
 def _check_rope_scaling(scaling: dict[str, str | float]) -> None:
     kind = scaling.get("type")
-    if kind not in ROPE_SCALINGS:
-        raise UserError(f"model.rope_scaling.type is {kind!r}, expected linear or llama3")
+    expect(kind in ROPE_SCALINGS, f"model.rope_scaling.type is {kind!r}", "linear or llama3")
     expected = {"type", *ROPE_SCALINGS[str(kind)]}
     if odd := expected ^ set(scaling):
         raise UserError(f"model.rope_scaling {kind} has exactly {sorted(expected)}, not {odd}")
     for key in ROPE_SCALINGS[str(kind)]:
         value = scaling[key]
-        if isinstance(value, str) or not 0 < value < math.inf:
-            raise UserError(f"model.rope_scaling.{key} is {value!r}, expected more than 0")
+        good = not isinstance(value, str) and 0 < value < math.inf
+        expect(good, f"model.rope_scaling.{key} is {value!r}", "more than 0")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from llama.cli import UserError
 from llama.config import ModelConfig
 from llama.convert import check, hf, judges, load, names, pieces
+from llama.convert.check import ask_transformers
 from llama.convert.source import Source, model_config
 
 
@@ -156,3 +157,11 @@ def test_weights_that_read_back_otherwise_are_not_kept(
     with pytest.raises(UserError, match="w3.weight read back differs by .*nothing was kept"):
         convert(run, tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
+
+
+def test_transformers_that_crash_are_as_good_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('built for another machine')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ask_transformers(tmp_path, torch.zeros(1, 1, dtype=torch.long), []) is None

@@ -72,6 +72,6 @@ def test_without_the_package_one_sentence_says_how_to_get_it(
 ) -> None:
     run = make_run(tmp_path, rng, **SHAPES["plain"])
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r'pip install "llama-pretraining\[convert\]"'):
+    with pytest.raises(UserError, match=r"pip install 'llama-pretraining\[convert\]'"):
         convert(run, tmp_path / "model.gguf", "gguf")
     assert not (tmp_path / "model.gguf").exists()

@@ -50,10 +50,11 @@ def test_what_is_wrong_is_said_first(tmp_path, monkeypatch) -> None:
         language.check(["en", "english"], 0.5, "")
     with pytest.raises(UserError, match="min_language_score is 2"):
         language.check([], 2, "")
-    monkeypatch.setattr(language, "find_spec", lambda name: None)
+    for module in ("py3langid", "fasttext"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match="needs py3langid"):
         language.check([], 0.5, "")
-    with pytest.raises(UserError, match="needs fasttext-predict"):
+    with pytest.raises(UserError, match="needs fasttext, .* pip install fasttext-predict"):
         language.check([], 0.5, "lid.176.bin")
 
 
@@ -75,7 +76,6 @@ def test_fasttext_sees_one_line_and_its_labels_lose_their_prefix(tmp_path, monke
             return (("__label__de",), (1.00001,)) if text else ((), ())
 
     monkeypatch.setitem(sys.modules, "fasttext", SimpleNamespace(load_model=lambda path: Model()))
-    monkeypatch.setattr(language, "find_spec", lambda name: name)
     path = tmp_path / "lid.bin"
     path.write_bytes(b"")
     language.check(["de"], 0.5, str(path))

@@ -166,7 +166,7 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_pyarrow_is_said_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    monkeypatch.setattr(plain, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match="needs pyarrow"):
         plain.plan(plain.Options(), [tmp_path])
 

@@ -1,7 +1,10 @@
 """Counts, tables, parsing with suggestions, exit codes, progress."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -84,9 +87,16 @@ def test_wrong_type_names_key_and_value() -> None:
         _parser().parse_args(["--min_chars", "many"])
 
 
-def _exit(body: str) -> subprocess.CompletedProcess[str]:
+def _exit(
+    body: str, *words: str | bytes, env: dict[str, str] | None = None, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     code = f"from llama import cli\ndef main(argv):\n    {body}\ncli.run(main)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *options, "-c", code, *words],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, **(env or {})},
+    )
 
 
 def test_exit_codes() -> None:
@@ -96,10 +106,46 @@ def test_exit_codes() -> None:
     assert _exit("return 75").returncode == 75
     theirs = _exit("raise PermissionError(13, 'Permission denied', 'data/x')")
     assert theirs.returncode == 2
-    assert theirs.stderr == "error: data/x: Permission denied, for this user\n"
+    assert theirs.stderr == "error: data/x: Permission denied\n"
+    full = _exit("raise OSError(30, 'Read-only file system', 'runs')")
+    assert (full.returncode, full.stderr) == (2, "error: runs: Read-only file system\n")
     for error in ("ValueError('a bug')", "PermissionError(1, 'Operation not permitted')"):
         bug = _exit(f"raise {error}")
         assert bug.returncode == 1 and "Traceback" in bug.stderr
+
+
+WRITES = "open(argv[0], 'w').write(argv[0]); print('na\\xefve')"
+
+
+def test_names_are_utf8_in_every_locale(tmp_path: Path) -> None:
+    path = tmp_path / "naïve\n日本"
+    odd = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert _exit(WRITES, str(path), env=odd).stdout == "naïve\n"
+    assert path.read_text("utf-8") == str(path)
+    # where Python is told otherwise it does not begin anew for ever
+    told = _exit(WRITES, str(path), env=odd, options=["-X", "utf8=0"])
+    assert told.returncode == 2 and "error: the command line is not UTF-8: " in told.stderr
+
+
+def test_bytes_that_are_no_utf8_are_a_sentence() -> None:
+    told = _exit(WRITES, b"na\xefve")
+    assert told.returncode == 2 and "error: the command line is not UTF-8: " in told.stderr
+
+
+def test_closed_outputs_end_nothing(tmp_path: Path) -> None:
+    code = "from llama import cli; cli.run(lambda argv: open(argv[0], 'w').write('x') and print())"
+    command = [sys.executable, "-c", code, str(tmp_path / "made")]
+    assert subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command]).returncode == 0
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_package_that_is_missing_or_broken_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "broken_extra.py").write_text("raise OSError('libcudart.so.12: no such file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, why in {"broken_extra": "libcudart", "missing_extra": "No module named"}.items():
+        told = rf"^--to x needs {name}, which cannot be imported \({why}.*\): pip install it$"
+        with pytest.raises(UserError, match=told):
+            cli.needed(name, "--to x", "it")
 
 
 def test_progress_prints_plain_lines_off_a_terminal(capsys) -> None:

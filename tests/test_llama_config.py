@@ -102,6 +102,22 @@ BAD_FILES = [
 ]
 
 
+def test_files_that_other_options_name_are_read_as_strictly(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("lr: 0.1\nlr: 0.2\n")
+    (tmp_path / "a.yaml").write_text("optim: b.yaml\n")
+    with pytest.raises(UserError, match="b.yaml.*line 2 gives the key 'lr' twice"):
+        config.load(["--config", str(tmp_path / "a.yaml")])
+    with pytest.raises(UserError, match="b.yaml.*line 2 gives the key 'lr' twice"):
+        config.load(["--optim", str(tmp_path / "b.yaml")])
+    with pytest.raises(UserError, match="gives the key 'sigma' twice"):
+        config.load(["--guard", "{sigma: 1, sigma: 2}"])
+    (tmp_path / "c.yaml").write_text("config: d.yaml\n")
+    with pytest.raises(UserError, match="config: d.yaml stands in a YAML"):
+        config.load(["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "b.yaml").write_text("lr: 0.1\n")
+    assert config.load(["--config", str(tmp_path / "a.yaml")]).optim.lr == 0.1
+
+
 @pytest.mark.parametrize(("text", "sentence"), BAD_FILES, ids=[b[0] for b in BAD_FILES])
 def test_bad_files_are_refused(tmp_path: Path, text: str, sentence: str) -> None:
     path = tmp_path / "x.yaml"

@@ -16,7 +16,7 @@ FILES = [
     *sorted((ROOT / "llama/runtime").glob("*.py")),
     *sorted((ROOT / "llama/parallel").glob("*.py")),
 ]
-MORE_FILES = [ROOT / "llama/data/shards.py"]
+MORE_FILES = [ROOT / "llama/data/shards.py", ROOT / "llama/cli.py"]
 # What the functions are called by which a process tells why it ends.
 TELLING = {"signals.end", "end"}
 

@@ -165,6 +165,45 @@ def test_a_terminal_on_a_full_disk_ends_nothing(place: Path) -> None:
     assert f" {STEPS}/{STEPS} " in (Path("runs/mute") / "train.log").read_text()
 
 
+def test_rows_are_on_the_disk_before_their_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut takes what is not synced; what a kill left half-written is swept."""
+    run, events = Path("runs/synced"), []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        fsync(handle)
+        path = run / "metrics.jsonl"
+        if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            events.append(len(rows(run)))
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        events.extend([target.name] if target.name.startswith("step") else [])
+        return rename(path, target)
+
+    (run / "profile").mkdir(parents=True)
+    left = ["config.yaml.part-n1-7", "EXIT_REASON.part-n2-9", "profile/rank-0-steps-3-4.part.gz"]
+    theirs = run / "report.html.part-n1-8"
+    for path in (*(run / name for name in left), theirs):
+        path.write_text("torn")
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    assert train_here("synced", {"checkpoint.background": False}) == 0
+    assert events[:6] == [4, "step-00000004", 8, "step-00000008", 12, "step-00000012"]
+    assert theirs.exists() and not any((run / name).exists() for name in left)
+
+
+def test_a_failure_behind_a_step_counts_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(log: metrics.Metrics, step: int, values: object) -> None:
+        if step == 3:
+            raise RuntimeError("planted")
+
+    monkeypatch.setattr(metrics.Metrics, "row", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        train_here("behind")
+    reason = json.loads((Path("runs/behind") / "EXIT_REASON").read_text())
+    assert (reason["exit"], reason["step"]) == ("failed", 3)
+
+
 # -- data under a running job ----------------------------------------------------------------------
 
 
@@ -237,6 +276,13 @@ def test_the_worst_of_environments_changes_no_number(place: Path, tmp_path: Path
     }
     call(str(ROOT / "train.py"), *words("worst"), cwd=place, env=env)
     _same(Path("runs/worst"))
+
+
+def test_a_network_that_is_not_there_is_a_sentence(place: Path) -> None:
+    env = {"GLOO_SOCKET_IFNAME": "none0"}
+    said = call(str(ROOT / "train.py"), *words("alone"), cwd=place, env=env, expect=2)
+    assert "error: rank 0 cannot join the others over the network: " in said
+    assert "Traceback" not in said and not (place / "runs/alone").exists()
 
 
 @pytest.mark.parametrize("module", ["wandb", "torch.utils.tensorboard"])
@@ -313,10 +359,10 @@ def test_an_unreachable_server_means_offline_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(type(wandb.api), "api_key", "k" * 40, raising=False)
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(metrics, "_answers", lambda url, real=metrics._answers: real(address))
-    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).sync()
     server.shutdown()
     server.server_close()
-    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).sync()
     assert asked == ["online", "offline"]
     assert capsys.readouterr().out.count("does not answer: logging offline") == 1
 
@@ -387,7 +433,7 @@ def test_five_canaries_are_in_no_file_a_run_writes(rng, score, scale, tmp_path: 
     settings.write_text(f"# key {canaries['configuration']}\nseed: 5\n")
     secrets = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN")
     env = {**dict.fromkeys(secrets, canaries["environment"]), "HOME": str(home)}
-    env |= {"WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env |= {"WANDB_BASE_URL": f"http://someone:{canaries['environment']}@127.0.0.1:9"}
     options = {} if _missing("wandb") else {"log.wandb": "online"}
     options |= {} if _missing("tensorboard") else {"log.tensorboard": "true"}
     given = [f"--config={settings}", *words("secret", options)]

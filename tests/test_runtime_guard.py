@@ -124,6 +124,34 @@ def test_the_window_is_the_same_after_json(rng: random.Random) -> None:
         assert (float(again.counts[0]) > before) == whole[at]
 
 
+def test_a_longer_window_judges_on_with_what_the_last_one_had(rng: random.Random) -> None:
+    draws = np.random.default_rng(rng.randrange(2**32))
+    loss, norm, _ = curve(draws, 400)
+    loss[[131, 250]] = 40
+    _, guard = judged(loss[:130], norm[:130])
+    longer = config.GuardConfig(window=192)
+
+    def on(guard: Guard, first: int, last: int) -> list[float]:
+        for at in range(first, last):
+            guard.judge(torch.tensor(loss[at]), torch.tensor(norm[at]))
+        return guard.counts.tolist()
+
+    saved = {"span": 128} | orjson.loads(orjson.dumps(guard.state()))
+    guard = Guard(longer, ALONE, saved=saved)  # type: ignore[arg-type]
+    assert on(guard, 130, 140)[0] == 1
+    # interrupted or not, it judges alike
+    saved = orjson.loads(orjson.dumps(guard.state()))
+    again = Guard(longer, ALONE, saved=saved)  # type: ignore[arg-type]
+    assert guard.span == again.span == 138
+    on(guard, 140, 240), on(again, 140, 240)
+    assert guard.limits().tolist() == again.limits().tolist()
+    assert guard.state() == again.state() and "span" not in guard.state()
+    assert guard.span == 192 and on(guard, 240, 260)[0] == 2
+    # one that was not full waits for the longer one
+    few = {"span": 128} | judged(loss[:20], norm[:20])[1].state()
+    assert Guard(longer, ALONE, saved=few).span == 192  # type: ignore[arg-type]
+
+
 def test_numbers_are_read_one_step_late() -> None:
     guard = Guard(config.GuardConfig(), ALONE)  # type: ignore[arg-type]
     guard.judge(torch.tensor(1.0), torch.tensor(2.0))

@@ -387,7 +387,13 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
 
 
 def test_slurms_end_is_read_and_a_stale_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, expected in ("", math.inf), ("0", math.inf), ("Unknown", math.inf), ("5", math.inf):
+    for text, expected in (
+        ("", math.inf),
+        ("0", math.inf),
+        ("Unknown", math.inf),
+        ("5", math.inf),
+        ("²", math.inf),
+    ):
         monkeypatch.setenv("SLURM_JOB_END_TIME", text)
         assert watch.job_seconds_left() == expected
     monkeypatch.setattr(time, "time", lambda: 1_700_000_000.5)

@@ -305,9 +305,9 @@ def parse(argv: list[str]) -> Options:
     given = p.parse_args(argv)
     args = Options(**{part.name: getattr(given, part.name) for part in fields(Options)})
     for name, (least, most) in LIMITS.items():
-        if not least <= getattr(args, name) <= most:
-            expected = f"{least} or more" if most == math.inf else f"{least} to {most}"
-            raise UserError(f"{name} is {getattr(args, name)}, expected {expected}")
+        value, expected = getattr(args, name), f"{least} to {most}"
+        expected = f"{least} or more" if most == math.inf else expected
+        cli.expect(least <= value <= most, f"{name} is {value}", expected)
     return args
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kernels import reference
-from llama.cli import UserError
+from llama.cli import needed
 from llama.convert import names
 from llama.convert.source import Source
 from tokenizer.tokenizer import Tokenizer
@@ -21,12 +21,7 @@ TENSOR_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 
 def library() -> Any:
     """The package `gguf`, or a `UserError` that says how to get it."""
-    try:
-        import gguf
-    except ImportError as error:
-        need = '--to gguf needs the package gguf: pip install "llama-pretraining[convert]"'
-        raise UserError(need) from error
-    return gguf
+    return needed("gguf", "--to gguf", "'llama-pretraining[convert]'")
 
 
 def write(source: Source, tokenizer: Tokenizer, path: Path, license: str | None) -> None:

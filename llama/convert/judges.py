@@ -138,12 +138,13 @@ def ask_transformers(folder: str, answer: str) -> None:
     """From {tokens, texts} as JSON on standard input to {version, logits, ids} in `answer`."""
     try:
         import transformers
-    except ImportError as error:
+
+        load = transformers.AutoModelForCausalLM.from_pretrained
+    except Exception as error:  # a broken package raises anything
         print(error, file=sys.stderr)
         sys.exit(NO_TRANSFORMERS)
     asked = json.load(sys.stdin)
     # a checkpoint in another type is widened, not rounded
-    load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(folder, torch_dtype=torch.float32).eval()
     logits = model(torch.tensor(asked["tokens"]), use_cache=False).logits.float()
     ids = []

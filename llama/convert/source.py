@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llama import cli, config
-from llama.cli import UserError
+from llama.cli import UserError, expect
 from llama.config import Config, ModelConfig
 from llama.convert import names
 from llama.data import writer
@@ -139,8 +139,7 @@ def numbers(
         if value is not None and type(value) not in ((int, float) if fraction else (int,)):
             expected = "a number" if fraction else "a whole number"
             raise UserError(f"{where}: {theirs} is {value!r}, expected {expected}")
-        if value is not None and not value > 0:
-            raise UserError(f"{where}: {theirs} is {value!r}, expected more than 0")
+        expect(value is None or value > 0, f"{where}: {theirs} is {value!r}", "more than 0")
         found[ours] = defaults[ours] if value is None else value
     return found
 

@@ -21,12 +21,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from llama import cli, files
-from llama.cli import UserError, expect
+from llama.cli import UserError, expect, needed
 from llama.corpus import pool
 
 KINDS = ("local", "datatrove", "slurm", "ray")
@@ -63,8 +62,7 @@ class Executor:
                 raise UserError("--cluster has no effect with --executor local")
             return
         for module in ("datatrove", *(["ray"] if self.kind == "ray" else [])):
-            if not find_spec(module):
-                raise UserError(f"--executor {self.kind} needs {module}: pip install {module}")
+            needed(module, f"--executor {self.kind}", module)
         for command in ("sbatch", "srun", "squeue", "scancel") if self.kind == "slurm" else ():
             if not shutil.which(command):
                 raise UserError(f"--executor slurm needs the command {command}, which is not found")

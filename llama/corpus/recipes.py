@@ -74,7 +74,7 @@ def prepare(argv: Sequence[str]) -> Prepared:
 def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
     """(recipe, its options, all values) of a command line; what is to be read may not be there."""
     name = _recipe(argv)
-    recipe = _load(name)
+    recipe = import_module(f"llama.corpus.sources.{name}")
     p = parser("python -m llama.corpus run", f"Recipe {name}: raw text to documents.")
     p.add_argument("--config", action="config", help="YAML file of the recipe.")
     p.add_argument("--recipe", default=name, help="Its name.")
@@ -88,21 +88,11 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, Any, Any]:
     keys = recipe.Options.__dataclass_fields__
     options = recipe.Options(**{key: values[key] for key in keys})
     options.source = options.source or Path(values.output).resolve().name
-    if not re.fullmatch(r"\w[\w.+-]*", options.source):
-        raise UserError(
-            f"source is {options.source!r}, expected letters, digits, '.', '_', '+' and '-' only"
-        )
+    good = re.fullmatch(r"\w[\w.+-]*", options.source)
+    expect(good, f"source is {options.source!r}", "letters, digits, '.', '_', '+' and '-' only")
     share = values.max_quarantined
     expect(0 <= share <= 1, f"max_quarantined is {share}", "0 to 1")
     return recipe, options, values
-
-
-def _load(name: str) -> ModuleType:
-    try:
-        return import_module(f"llama.corpus.sources.{name}")
-    except ImportError as error:
-        hint = "pip install 'llama-pretraining[corpus]'"
-        raise UserError(f"recipe {name} needs {error.name}: {hint}") from error
 
 
 def _recipe(argv: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from llama import cli, files, html
-from llama.cli import UserError, show_bytes, show_count
+from llama.cli import needed, show_bytes, show_count
 from llama.corpus import lineage
 from llama.corpus.lineage import READING, SAMPLES, Stage
 from llama.html import Picture, soft, tag
@@ -66,13 +66,11 @@ def main(argv: Sequence[str]) -> None:
     bill = {"tokenizer": tokenizer and tokenizer.sha256, "versions": versions, "sources": entries}
     pictures = _draw(entries, [each for look in looks.values() for each in look.perplexities])
     text = page(clean, bill, looks, pictures)
-    try:
+    with cli.as_user_error(f"{output} and what belongs to it cannot be written", OSError):
         for name, picture in pictures.items():
             files.write_atomic(output.with_name(f"{output.stem}-{name}.png"), picture.png)
         files.write_json(clean / BILL, bill)
         files.write_atomic(output, text)
-    except OSError as error:
-        raise UserError(f"{error.filename or output} cannot be written: {error}") from error
     print(f"wrote {output}, its PNGs beside it, and {clean / BILL}")
 
 
@@ -134,10 +132,8 @@ def is_duplicate(reason: str) -> bool:
 
 def _draw(entries: Mapping[str, Entry], perplexities: Sequence[Any]) -> dict[str, Picture]:
     """Shares of the tokens beside the paper's, and perplexities where they are known."""
-    html.need_matplotlib()
     # imported here: an extra, and only for pictures
-    from matplotlib.figure import Figure
-
+    Figure = needed("matplotlib.figure", "drawing", "'llama-pretraining[report]'").Figure
     shares = _shares(entries)[::-1]
     names, places = [name for name, *_ in shares], range(len(shares))
     figure = Figure((11, 1 + 0.4 * len(names)), layout="constrained")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import cli, config, files, html
-from llama.cli import UserError, expect, show_count
+from llama.cli import UserError, expect, needed, show_count
 from llama.html import Markup, Picture, soft, tag
 from llama.report import runs as reading
 from llama.report.runs import Run
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     output = a.output or Path(a.run[0], "report.html")
     html.check_output(output)
     runs = reading.read(a.run)
-    html.need_matplotlib()
+    needed("matplotlib.figure", "drawing", "'llama-pretraining[report]'")
     # imported here: --help and a wrong folder need no matplotlib
     from llama.report import plots
 

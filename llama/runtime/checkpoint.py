@@ -416,8 +416,7 @@ def choose(run: str | Path, world: World) -> Path | None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
-    state: dict[str, Any] = files.read_json(path / STATE)
-    return state
+    return files.read_object(path / STATE)
 
 
 def load(path: Path, tensors: dict[str, torch.Tensor], world: World) -> None:

@@ -19,12 +19,15 @@ import torch
 from llama import config, files
 from llama.cli import UserError
 from llama.config import Config
+from llama.data import schedule
 from llama.runtime import checkpoint
 from llama.runtime.metrics import Tee
 from llama.runtime.world import World
 
 RUNS = Path("runs")
 EXIT_REASON = "EXIT_REASON"
+# By a run alone; what a report is writing meanwhile is not.
+WRITTEN = "config.yaml", "env.json", "metrics.jsonl", EXIT_REASON, schedule.REWINDS, "profile/*"
 
 
 @contextmanager
@@ -71,6 +74,8 @@ def record(run: Path, cfg: Config, here: World) -> None:
     """Make the folder this run's, once nothing can refuse it any more; sweep what a kill left."""
     if here.leads:
         checkpoint.sweep(run)
+        for part in [path for name in WRITTEN for path in run.glob(f"{name}.part*")]:
+            part.unlink(missing_ok=True)
         files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
         files.write_json(run / "env.json", environment(here))
         (run / EXIT_REASON).unlink(missing_ok=True)
@@ -82,11 +87,8 @@ def _refuse_changes(run: Path, cfg: Config) -> None:
     if not path.exists():
         return
     saved = config.to_dict(config.load(["--config", str(path)]))
-    changed = [
-        line
-        for line in config.differences(saved, config.to_dict(cfg))
-        if not line.startswith(config.FREE_KEYS)
-    ]
+    every = config.differences(saved, config.to_dict(cfg))
+    changed = [line for line in every if not line.startswith(config.FREE_KEYS)]
     if changed and not cfg.checkpoint.accept_changes:
         raise UserError(
             f"{run} has another configuration ({'; '.join(changed)}): use --name other for a "

@@ -30,19 +30,26 @@ class Guard:
     ) -> None:
         self.cfg, self.here, self.branch = cfg, here, branch
         saved = saved or {"window": [], "counts": [0] * 3, "unread": None}
-        rows = saved["window"][-cfg.window :]
+        known = saved["window"][-cfg.window :]
         # (loss, gradient norm) of the last steps, NaN where there were none
-        rows = [[math.nan] * 2] * (cfg.window - len(rows)) + rows
+        rows = [[math.nan] * 2] * (cfg.window - len(known)) + known
         self.history = torch.tensor(rows, dtype=torch.float64, device=here.device)
         # spikes, steps that changed nothing, and those of them in a row up to now
         self.counts = torch.tensor(saved["counts"], dtype=torch.float64, device=here.device)
-        # what times the history is its mean and slope, and the line that these mean
-        time = torch.arange(cfg.window, dtype=torch.float64, device=here.device)
-        self._line = torch.stack([torch.ones_like(time), time - time.mean()], 1)
-        self._fit = (self._line / self._line.square().sum(0)).T
+        # where the window has become longer, those that filled the last one judge on
+        self._look_back(len(known) if len(known) >= saved.get("span", cfg.window) else cfg.window)
         self._judged: Tensor | None = None
         unread = saved["unread"]
         self._sent = (torch.tensor(unread, dtype=torch.float64), None) if unread else None
+
+    def _look_back(self, span: int) -> None:
+        """Judge by the last `span` steps: what times these is their mean and slope, and the line
+        that these mean.
+        """
+        self.span = span
+        time = torch.arange(span, dtype=torch.float64, device=self.here.device)
+        self._line = torch.stack([torch.ones_like(time), time - time.mean()], 1)
+        self._fit = (self._line / self._line.square().sum(0)).T
 
     @torch.no_grad()
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -80,11 +87,12 @@ class Guard:
         below what was seen: it may have just ended. A rise is not followed, or a slow divergence
         would become its own measure.
         """
-        fit = self._fit @ self.history
+        history = self.history[-self.span :]
+        fit = self._fit @ history
         fit[1].clamp_(max=0.0)
-        sigma = torch.addmm(self.history, self._line, fit, alpha=-1).std(0)
-        now = torch.add(*fit, alpha=(self.cfg.window + 1) / 2)
-        expected = torch.maximum(now, self.history.amin(0))
+        sigma = torch.addmm(history, self._line, fit, alpha=-1).std(0)
+        now = torch.add(*fit, alpha=(self.span + 1) / 2)
+        expected = torch.maximum(now, history.amin(0))
         return expected + self.cfg.sigma * torch.maximum(sigma, SMALLEST_SIGMA * fit[0])
 
     def read(self) -> list[float] | None:
@@ -107,4 +115,7 @@ class Guard:
         rows = [row for row in self.history.tolist() if not math.isnan(row[0])]
         # JSON has no infinity
         unread = self._sent[0].nan_to_num().tolist() if self._sent else None
-        return {"window": rows, "counts": self.counts.tolist(), "unread": unread}
+        state = {"window": rows, "counts": self.counts.tolist(), "unread": unread}
+        # it grows here, not with every row, and so for a run that resumes from this as well
+        self._look_back(max(self.span, len(rows)))
+        return state if self.span == self.cfg.window else state | {"span": self.span}

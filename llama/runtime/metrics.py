@@ -7,6 +7,7 @@ tensorboard get the same rows; neither can stop a run.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from urllib.request import urlopen
 import orjson
 
 from llama import files
-from llama.cli import UserError, show_count, show_seconds
+from llama.cli import needed, show_count, show_seconds
 from llama.config import LogConfig
 
 
@@ -61,8 +62,8 @@ class Metrics:
             if durable:
                 os.fsync(file.fileno())
 
-    def close(self) -> None:
-        """Make the rows durable."""
+    def sync(self) -> None:
+        """Make the rows durable: they outlive a power cut."""
         with suppress(OSError):
             self._write(durable=True)
 
@@ -145,18 +146,16 @@ def validation_line(step: int, losses: dict[str, float]) -> str:
 def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
     if cfg.wandb == "disabled":
         return None
-    try:
-        import wandb
-    except Exception as error:  # a broken package raises anything
-        raise UserError(f"log.wandb is {cfg.wandb} but wandb is not installed: {error}") from error
-    mode, host = cfg.wandb, wandb.setup().settings.base_url
-    lacks = "there is no API key" if not wandb.api.api_key else f"{host} does not answer"
-    if mode == "online" and not (wandb.api.api_key and _answers(host)):
-        print(f"WARNING: log.wandb is online but {lacks}: logging offline")
-        mode = "offline"
+    wandb = needed("wandb", f"log.wandb {cfg.wandb}", "'llama-pretraining[wandb]'")
+    mode = cfg.wandb
     # what it would note of the machine has the command line in it, and that may hold a secret
     private = dict(disable_git=True, disable_code=True, x_disable_meta=True)
     try:
+        host, key = wandb.setup().settings.base_url, wandb.api.api_key
+        if mode == "online" and not (key and _answers(host)):
+            lacks = "its server does not answer" if key else "there is no API key"
+            print(f"WARNING: log.wandb is online but {lacks}: logging offline")
+            mode = "offline"
         tracked = wandb.init(
             project="llama-pretraining",
             name=run.name,
@@ -167,12 +166,13 @@ def _wandb(run: Path, cfg: LogConfig, settings: dict[str, Any]) -> Any:
             config=settings,
             settings=wandb.Settings(init_timeout=5, **private),
         )
+        # its own steps must never fall, and after a rewind ours do
+        tracked.define_metric("*", step_metric="step")
     except Exception as error:  # unreachable server, full disk: a logger must never end a run
-        print(f"WARNING: wandb cannot start ({error}); training goes on without it")
+        # addresses may have a password in them
+        why = re.sub(r"//\S*@", "//", " ".join(str(error).split()))
+        print(f"WARNING: wandb cannot start ({why}); training goes on without it")
         return None
-
-    # its own steps must never fall, and after a rewind ours do
-    tracked.define_metric("*", step_metric="step")
     return lambda number, row: tracked.log(row, step=number)
 
 
@@ -189,11 +189,9 @@ def _answers(url: str) -> bool:
 def _tensorboard(run: Path, cfg: LogConfig) -> Any:
     if not cfg.tensorboard:
         return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:
-        raise UserError(f"log.tensorboard is on but cannot be imported: {error}") from error
-    writer = SummaryWriter(str(run / "tensorboard"))
+    extra = "'llama-pretraining[tensorboard]'"
+    module = needed("torch.utils.tensorboard", "log.tensorboard", extra)
+    writer = module.SummaryWriter(str(run / "tensorboard"))
 
     def tensorboard_sink(number: int, row: dict[str, Any]) -> None:
         for key, value in row.items():

@@ -160,7 +160,8 @@ def restore(state: State, found: Path) -> None:
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step, state.unvalidated = saved["step"], saved.get("unvalidated")
     state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
-    state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
+    judged = saved.get("guard") and {"span": saved["config"]["guard"]["window"]} | saved["guard"]
+    state.guard = Guard(cfg.guard, here, len(rewinds), judged)
     for name, windows in unread.items():
         here.say(f"{name} starts a new epoch: {windows:,} windows of the last one stay unread")
     rows = [saved["window"].get(name, [0.0, 0.0]) for name in state.order.names]

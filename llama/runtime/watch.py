@@ -91,7 +91,9 @@ class Watch:
 
     def failed(self, why: str) -> bool:
         """Leave the verdict that this rank failed; False where another one did before."""
-        return folder.exit_reason(self._run, "failed", f"rank {self._rank}: {why}", self._step)
+        return folder.exit_reason(
+            self._run, "failed", f"rank {self._rank}: {why}", self._state.step
+        )
 
     def _note(self, word: str) -> None:
         self._where = f"{self._phase} after step {self._step}"
@@ -126,5 +128,5 @@ class Watch:
 def job_seconds_left() -> float:
     """Seconds until Slurm ends this job; infinite outside of one, and past an end put off."""
     end = os.environ.get("SLURM_JOB_END_TIME", "")
-    left = int(end) - time.time() if end.isdigit() else 0.0
+    left = int(end) - time.time() if end.isdecimal() else 0.0
     return left if left > 0 else math.inf

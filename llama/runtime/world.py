@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from llama import faults
+from llama.cli import UserError
 
 START_TIMEOUT = timedelta(minutes=30)
 # Held here alone. A group that outlives `stop`, be it in the frame of an error, keeps its threads,
@@ -95,13 +96,20 @@ def own_device() -> torch.device:
 def start() -> World:
     """Join the process group that torchrun describes, or make one of a single process."""
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    (_, size, local_rank), device = launched(), own_device()
+    (rank, size, local_rank), device = launched(), own_device()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if size > 1 else alone))
+    try:
+        dist.init_process_group(backend, timeout=START_TIMEOUT, **({} if size > 1 else alone))
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        problem = UserError(f"rank {rank} cannot join the others over the network: {why}")
+        # every rank tells its own: the machine of one alone may be at fault
+        problem.add_note(f"on rank {rank}")
+        raise problem from error
     faults.point("start.joined")
     for channel in ("control", "saves"):
         _groups[channel] = dist.new_group(backend="gloo", timeout=START_TIMEOUT)

@@ -18,11 +18,10 @@ Quarantined: `damaged`. Records of other types are noted, and how a page's chara
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from llama.cli import UserError, expect
+from llama.cli import CORPUS_EXTRA, expect, needed
 from llama.config import Count
 from llama.corpus import raw, warc
 from llama.corpus.document import Document, Dropped, Item, Noted
@@ -78,8 +77,9 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     expect(options.group_shards >= 1, f"group_shards is {options.group_shards}", "1 or more")
     deadline = options.html_deadline_s
     expect(deadline > 0, f"html_deadline_s is {deadline}", "more than 0")
-    if options.preset == "improved" and not find_spec("resiliparse"):
-        raise UserError("reading WARC needs resiliparse: pip install 'llama-pretraining[corpus]'")
+    if options.preset == "improved":
+        for module in ("resiliparse.extract.html2text", "brotli"):
+            needed(module, "reading WARC", CORPUS_EXTRA)
     language.check(options.languages, options.min_language_score, options.language_model)
     if options.models:
         quality.check(options, options.languages)

@@ -14,13 +14,12 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
 
-from llama.cli import UserError
+from llama.cli import CORPUS_EXTRA, UserError, needed
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
@@ -64,8 +63,8 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
         except LookupError:
             raise UserError(f"encoding is {options.encoding!r}, which is no known codec") from None
     pieces, left_out = find(inputs, format_of)
-    if any(piece.format == "parquet" for piece in pieces) and not find_spec("pyarrow"):
-        raise UserError("reading .parquet needs pyarrow: pip install 'llama-pretraining[corpus]'")
+    if any(piece.format == "parquet" for piece in pieces):
+        needed("pyarrow.parquet", "reading .parquet", CORPUS_EXTRA)
     units = group(pieces, options.unit_bytes, cut=("jsonl", "posts"))
     return Plan("plain", asdict(options), partial(read, options), units, tuple(left_out))
 

@@ -16,13 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import orjson
 
-from llama.cli import UserError, expect
+from llama.cli import CORPUS_EXTRA, expect, needed
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Step
@@ -62,8 +61,8 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """A unit per site, the largest sites."""
     expect(options.sites >= 0, f"sites is {options.sites}", "0 for all or a number of sites")
     pieces, left_out = find(inputs, _format_of)
-    if any(piece.format == "7z" for piece in pieces) and not find_spec("py7zr"):
-        raise UserError("reading .7z needs py7zr: pip install 'llama-pretraining[corpus]'")
+    if any(piece.format == "7z" for piece in pieces):
+        needed("py7zr", "reading .7z", CORPUS_EXTRA)
     largest = sorted(pieces, key=lambda piece: (-_xml_bytes(piece), piece.name))
     kept = set(largest[: options.sites or None])
     left_out += [LeftOut(p.name, "smaller site", p.size) for p in largest if p not in kept]

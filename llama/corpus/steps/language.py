@@ -9,10 +9,9 @@ Drop reasons: `language` (not one of those wanted), `language_unsure` (a low sco
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
-from llama.cli import UserError, expect
+from llama.cli import UserError, as_user_error, expect, needed
 from llama.corpus.document import Document, Item
 from llama.corpus.models.linear import Linear
 
@@ -26,16 +25,12 @@ def check(languages: Sequence[str], min_score: float, model: str) -> None:
     expect(0 <= min_score <= 1, f"min_language_score is {min_score}", "0 to 1")
     ours = model.endswith(OURS)
     module, package = ("fasttext", "fasttext-predict") if model else ("py3langid", "py3langid")
-    if not ours and not find_spec(module):
-        raise UserError(f"identifying languages needs {package}: pip install {package}")
+    if not ours:
+        needed(module, "identifying languages", package)
     if model and not Path(model).is_file():
         raise UserError(f"language_model {model} is no file")
-    try:
+    with as_user_error(f"language_model {model} cannot be loaded", Exception):
         known = identifier(model)[1]
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"language_model {model} cannot be loaded: {error}") from error
     if unknown := sorted(set(languages) - known):
         name = model if ours else module
         raise UserError(f"languages names {', '.join(unknown)}, which {name} does not know")

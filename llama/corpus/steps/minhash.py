@@ -14,7 +14,7 @@ from hashlib import shake_256
 import numpy as np
 from numpy.typing import NDArray
 
-from llama.cli import UserError
+from llama.cli import expect
 from llama.corpus.document import Document, Item
 from llama.corpus.groups import table
 from llama.corpus.steps.words import in_a_row, mixed, words
@@ -48,9 +48,8 @@ class MinHash:
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():
-            if value <= 0 or (key == "similarity" and value > 1):
-                what = "up to 1" if key == "similarity" else "a number"
-                raise UserError(f"{key} is {value}, expected {what} above 0")
+            most, what = (1, "up to 1") if key == "similarity" else (value, "a number")
+            expect(0 < value <= most, f"{key} is {value}", f"{what} above 0")
 
     @property
     def orders(self) -> NDArray[np.uint32]:

@@ -9,14 +9,13 @@ Drop reasons: the name of the bucket, when it is not one of those that stay.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama import files
-from llama.cli import UserError, as_user_error
+from llama.cli import UserError, as_user_error, needed
 from llama.corpus.document import Document, Item
 from llama.corpus.models.kneser_ney import KneserNey
 from llama.corpus.models.pieces import Pieces
@@ -91,11 +90,8 @@ def scorer(models: str, language: str) -> Callable[[str], float] | None:
 
 def _ccnet(path: Path, arpa: Path) -> Callable[[str], float]:
     """A language of CCNet's, through its own library."""
-    if not find_spec("kenlm"):
-        raise UserError(f"{arpa} needs kenlm: pip install kenlm")
     # imported here: an extra that must be compiled
-    import kenlm
-
+    kenlm = needed("kenlm", str(arpa), "kenlm")
     pieces = Pieces(path)
     with as_user_error(f"{arpa} cannot be loaded", OSError, RuntimeError):
         model = kenlm.Model(str(arpa))
