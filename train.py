@@ -279,8 +279,10 @@ def train(cfg: Config) -> int:
 def loop(state: State, watch: Watch) -> None:
     """Steps until the end, or until asked to stop; saved then, where there is progress."""
     cfg, here = state.cfg, state.world
+    # a row that is to be made again may have been written by a start that saved nothing
+    rows_to = state.step - bool(state.unvalidated)
     log = (
-        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg), state.guard.branch)
+        metrics.Metrics(state.run, cfg.log, rows_to, config.to_dict(cfg), state.guard.branch)
         if here.leads
         else None
     )

@@ -136,6 +136,20 @@ def test_a_signal_in_every_phase(
     score("signals.failed", 0, "0")
 
 
+def test_a_row_made_up_for_is_written_once(place: Path, whole: Run) -> None:
+    """Also where the start that makes the validation up is killed before it has saved."""
+    run = Run(place, "made-up")
+    for fault, expected in (
+        ("step.validating:step=4,action=sigterm", 75),
+        ("step.begun:step=6,action=kill", -signal.SIGKILL),
+        ("step.begun:step=5,action=kill", -signal.SIGKILL),
+        ("", 0),
+    ):
+        code, said = run.forked(fault)
+        assert code == expected, said
+    assert run.rows() == whole.rows()
+
+
 def caught(pid: int) -> bool:
     """Whether a process has set its own handler of SIGUSR1."""
     mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())

@@ -71,6 +71,8 @@ def record(run: Path, cfg: Config, here: World) -> None:
     """Make the folder this run's, once nothing can refuse it any more; sweep what a kill left."""
     if here.leads:
         checkpoint.sweep(run)
+        for part in run.glob("*.part-*"):
+            part.unlink(missing_ok=True)
         files.write_atomic(run / "config.yaml", config.to_yaml(cfg))
         files.write_json(run / "env.json", environment(here))
         (run / EXIT_REASON).unlink(missing_ok=True)

@@ -17,7 +17,16 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# A terminal that is closed says SIGHUP; nohup has that ignored, unless torchrun passes it on.
+_passed_on = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+_hears = _passed_on or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    *[signal.SIGHUP] * _hears,
+)
 TICK_S = 1.0
 # A scheduler that signals every process and a launcher that passes it on mean one request.
 ONE_REQUEST_S = 0.3

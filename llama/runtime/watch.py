@@ -9,6 +9,7 @@ import faulthandler
 import math
 import os
 import platform
+import signal
 import time
 import weakref
 from contextlib import suppress
@@ -19,7 +20,7 @@ from llama.runtime import folder, signals, world
 from llama.runtime.state import State
 
 TIME_LIMIT = 128  # beside the numbers of signals
-NAMES = {number: number.name for number in signals.STOPPING} | {0: "", TIME_LIMIT: "the time limit"}
+NAMES = {number: number.name for number in signal.Signals} | {0: "", TIME_LIMIT: "the time limit"}
 # The longest step and the last save are taken to be this much longer, and ending takes a moment.
 SAFETY, ENDING_S = 1.5, 2.0
 # What a process writes and hashes, until the first save is measured.
