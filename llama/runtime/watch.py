@@ -32,6 +32,8 @@ HELD = 2
 GRACE_S = 3.0
 # Once a rank has failed, collectives on GPUs would wait for it for ever.
 FOLLOW_S = 30.0
+# Watches say more than a collective whose time is up, and do not count time in which all is stopped.
+COLLECTIVE_S = 7 * 24 * 3600.0
 WIDTH = 160  # of the last beat, in bytes
 
 
@@ -50,8 +52,7 @@ class Watch:
         self._deadline = self._since + left_s
         if left_s < math.inf:
             state.world.say(f"{show_seconds(left_s)} left ({key}): saves and stops before")
-        # behind the watch, which says more
-        world.set_timeout(max(cfg.step_timeout, cfg.save_timeout) + 60)
+        world.set_timeout(COLLECTIVE_S)
         path = state.run / "stacks" / f"rank-{state.world.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         # stacks of earlier starts stay
