@@ -32,7 +32,7 @@ HELD = 2
 GRACE_S = 3.0
 # Once a rank has failed, collectives on GPUs would wait for it for ever.
 FOLLOW_S = 30.0
-# Watches say more than a collective whose time is up, and do not count time in which all is stopped.
+# Watches say more than a collective does in the end, and do not count time in which all is stopped.
 COLLECTIVE_S = 7 * 24 * 3600.0
 WIDTH = 160  # of the last beat, in bytes
 
