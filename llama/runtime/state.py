@@ -153,7 +153,6 @@ def restore(state: State, found: Path) -> None:
     cfg, here = state.cfg, state.world
     rewinds = here.broadcast(schedule.rewinds(state.run) if here.leads else None)
     saved = schedule.rewound(checkpoint.read_state(found), rewinds)
-    branch = saved.get("branch", 0)
     changed = _refuse_changes(state, saved, found)
     checkpoint.load(found, state.tensors(), here)
     optim.set_step_count(state.optimizer, saved["adam_steps"])
@@ -161,7 +160,7 @@ def restore(state: State, found: Path) -> None:
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
     state.step = saved["step"]
     # where a rewind came later, it was made up for in the branch before
-    state.unvalidated = saved.get("unvalidated") if branch == len(rewinds) else None
+    state.unvalidated = saved.get("unvalidated") if saved.get("branch", 0) == len(rewinds) else None
     state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
     state.guard = Guard(cfg.guard, here, len(rewinds), saved.get("guard"))
     for name, windows in unread.items():
