@@ -282,13 +282,11 @@ def train(cfg: Config) -> int:
 def loop(state: State, watch: Watch) -> None:
     """Steps until the end, or until asked to stop; saved then, where there is progress."""
     cfg, here = state.cfg, state.world
-    # a row that is to be made again may have been written by a start that saved nothing
-    rows_to = state.step - bool(state.unvalidated)
-    log = (
-        metrics.Metrics(state.run, cfg.log, rows_to, config.to_dict(cfg), state.guard.branch)
-        if here.leads
-        else None
-    )
+    log = None
+    if here.leads:
+        # a row that is to be made up for may be there already, by a start that saved nothing
+        until = state.step - bool(state.unvalidated)
+        log = metrics.Metrics(state.run, cfg.log, until, config.to_dict(cfg), state.guard.branch)
     console.announce(state)
     gc.collect()
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
