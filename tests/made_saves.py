@@ -379,7 +379,7 @@ def lost(place: Path, chance: random.Random, times: int) -> dict[str, object]:
         threading.Event().wait()
 
     found = {}
-    for where, victim in (("ckpt.state", 0), ("file.written", 2), ("ckpt.hashed", 1)):
+    for where, victim in (("ckpt.state", 0), ("file.written", 2)):
         children, log = start(4, work, f"{where}:rank={victim},action=kill")
         statuses = [os.waitpid(child, 0)[1] for child, _ in children]
         found[where] = list(map(os.waitstatus_to_exitcode, statuses))
