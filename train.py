@@ -238,7 +238,7 @@ def train(cfg: Config) -> int:
     open_data(cfg)  # knows the vocabulary
     layouts.refuse(cfg, world.launched()[1], world.chip(world.own_device()))
     # until there is a watch; ends who hangs and who waits for it
-    faulthandler.dump_traceback_later(cfg.train.save_timeout, exit=True)
+    faulthandler.dump_traceback_later(cfg.train.save_timeout, file=2, exit=True)
     here = world.start()
     run = folder.RUNS / cfg.name
     with oom.explained("building the model", cfg, here):
