@@ -11,6 +11,7 @@ if __name__ == "__main__":
     # first of all: a signal that comes while torch is imported is heard too
     signals.listen()
 
+import faulthandler
 import gc
 import math
 import re
@@ -236,6 +237,8 @@ def train(cfg: Config) -> int:
     """Train until the last step or until asked to stop. Returns the exit code."""
     open_data(cfg)  # knows the vocabulary
     layouts.refuse(cfg, world.launched()[1], world.chip(world.own_device()))
+    # until there is a watch; ends who hangs and who waits for it
+    faulthandler.dump_traceback_later(cfg.train.save_timeout, file=2, exit=True)
     here = world.start()
     run = folder.RUNS / cfg.name
     with oom.explained("building the model", cfg, here):
@@ -279,11 +282,11 @@ def train(cfg: Config) -> int:
 def loop(state: State, watch: Watch) -> None:
     """Steps until the end, or until asked to stop; saved then, where there is progress."""
     cfg, here = state.cfg, state.world
-    log = (
-        metrics.Metrics(state.run, cfg.log, state.step, config.to_dict(cfg), state.guard.branch)
-        if here.leads
-        else None
-    )
+    log = None
+    if here.leads:
+        # a row that is to be made up for may be there already, by a start that saved nothing
+        until = state.step - bool(state.unvalidated)
+        log = metrics.Metrics(state.run, cfg.log, until, config.to_dict(cfg), state.guard.branch)
     console.announce(state)
     gc.collect()
     gc.disable()  # a collection in the middle of a step stalls every rank; done at log steps
@@ -408,6 +411,7 @@ def main(argv: list[str]) -> int:
             sys.exit(cli.EXIT_USER)
         raise
     finally:
+        faulthandler.cancel_dump_traceback_later()
         world.stop()
 
 

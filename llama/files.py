@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 import time
 import uuid
 import zlib
@@ -91,8 +92,8 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a part file that becomes `path` when the block ends, and vanishes if it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # machines that share a disk may have processes of one number
-    part = path.with_name(f"{path.name}.part-{platform.node()}-{os.getpid()}")
+    # machines that share a disk may have threads of one number
+    part = path.with_name(f"{path.name}.part-{platform.node()}-{threading.get_native_id()}")
     try:
         with open(part, mode) as file:
             faults.point("file.opened", name=path.name)

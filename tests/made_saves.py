@@ -3,7 +3,8 @@
 `python tests/made_saves.py WHAT FOLDER SEED TIMES` prints one JSON object of figures. WHAT is
 `kills` (SIGKILL at random moments), `points` (SIGKILL at named points, of one process and of each
 of two), `two` (two checkpoints that two processes save), `collectives` (two processes that talk to
-each other while they save), `torch_save` or `dcp_save` (what saving in place comes to).
+each other while they save), `lost` (one of four is killed while they save), `torch_save` or
+`dcp_save` (what saving in place comes to).
 """
 
 import json
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -366,6 +368,25 @@ def collectives(place: Path, chance: random.Random, times: int) -> dict[str, obj
     return {}
 
 
+def lost(place: Path, chance: random.Random, times: int) -> dict[str, object]:
+    """One of four ranks is killed at one point after the other; the exit codes of all."""
+
+    def work(tell) -> None:
+        here, saver = world.start(), background.Saver()
+        cfg = CheckpointConfig(keep=3)
+        saver.save(place, 1, sharded(1, here), {"step": 1}, here, cfg, wait=False)
+        # no collective in which the loop would notice
+        threading.Event().wait()
+
+    found = {}
+    for where, victim in (("ckpt.state", 0), ("file.written", 2)):
+        children, log = start(4, work, f"{where}:rank={victim},action=kill")
+        statuses = [os.waitpid(child, 0)[1] for child, _ in children]
+        found[where] = list(map(os.waitstatus_to_exitcode, statuses))
+        print(read(log), file=sys.stderr)
+    return found
+
+
 def run_made_saves(what: str, place: Path, seed: int, times: int) -> dict:
     """One of the programs here, in a process that has not joined a group; its figures."""
     command = [sys.executable, __file__, what, str(place), str(seed), str(times)]
@@ -379,7 +400,13 @@ def run_made_saves(what: str, place: Path, seed: int, times: int) -> dict:
 
 
 if __name__ == "__main__":
-    programs = {"kills": kills, "points": points, "two": two, "collectives": collectives}
+    programs = {
+        "kills": kills,
+        "points": points,
+        "two": two,
+        "collectives": collectives,
+        "lost": lost,
+    }
     what, place, seed, times = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     place.mkdir(parents=True, exist_ok=True)
     if what in programs:

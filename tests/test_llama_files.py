@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +37,17 @@ def test_atomic_file_appears_only_when_whole(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), files.atomic_file(target) as file:
         raise RuntimeError
     assert target.read_bytes() == b"whole"
+
+
+def test_two_threads_may_write_one_file(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    with files.atomic_file(target) as file:
+        file.write(b"first")
+        other = threading.Thread(target=files.write_atomic, args=(target, b"second"))
+        other.start()
+        other.join()
+        assert target.read_bytes() == b"second"
+    assert target.read_bytes() == b"first"
 
 
 def test_atomic_folder_appears_only_when_whole_and_is_never_overwritten(tmp_path: Path) -> None:

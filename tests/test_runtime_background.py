@@ -135,6 +135,14 @@ def test_saves_of_two_ranks_do_not_disturb_their_collectives(tmp_path: Path, her
     assert all(loaded(path, here) for _, path in checkpoint.steps(tmp_path))
 
 
+@pytest.mark.slow
+def test_a_rank_that_dies_while_all_save_ends_the_others(tmp_path: Path, here) -> None:
+    """Its neighbours alone see that it is gone; nobody may be left waiting for these."""
+    codes = run_made_saves("lost", tmp_path, 0, 1)
+    assert codes == {"ckpt.state": [-9, 1, 1, 1], "file.written": [1, 1, -9, 1]}
+    assert not checkpoint.steps(tmp_path)
+
+
 def test_the_stall_of_a_small_model(tmp_path: Path, here, scale, score) -> None:
     """1.3 million parameters and their moments, as many tensors as the quickstart has."""
     tensors = {f"model.{n}": torch.randn(192, 512) for n in range(3 * 13)}

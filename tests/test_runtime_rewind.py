@@ -143,6 +143,19 @@ def test_a_kill_does_not_undo_a_rewind(
     assert ledger.open_run(killed.folder)[1].segments == ledger.open_run(whole.folder)[1].segments
 
 
+@pytest.mark.full
+@pytest.mark.slow
+def test_a_validation_made_up_for_is_not_made_again_by_a_rewind(workspace: Path) -> None:
+    options = {"guard.spike": "rewind", "validation.every": 20, "checkpoint.background": False}
+    cut = run(workspace, "cut", **options)
+    go(cut, "step.validating:step=20,action=sigterm", expect=75)
+    go(cut, f"{SPIKE};step.begun:step=33,action=kill", expect=-9)
+    said = go(cut)
+    assert "resuming runs/cut from step 30" in said and "branch" in cut.rows()[-1]
+    found = [(row["branch"], row["step"]) for row in cut.rows()]
+    assert found == [(0, n) for n in range(1, 31)] + [(1, n) for n in range(21, STEPS + 1)]
+
+
 @pytest.mark.slow
 def test_rewinds_to_one_place_and_steps_without_a_change_come_to_an_end(workspace: Path) -> None:
     again = run(workspace, "again", **{"guard.spike": "rewind", "guard.rewinds": 2})

@@ -136,6 +136,20 @@ def test_a_signal_in_every_phase(
     score("signals.failed", 0, "0")
 
 
+def test_a_row_made_up_for_is_written_once(place: Path, whole: Run) -> None:
+    """Also where the start that makes the validation up is killed before it has saved."""
+    run = Run(place, "made-up")
+    for fault, expected in (
+        ("step.validating:step=4,action=sigterm", 75),
+        ("step.begun:step=6,action=kill", -signal.SIGKILL),
+        ("step.begun:step=5,action=kill", -signal.SIGKILL),
+        ("", 0),
+    ):
+        code, said = run.forked(fault)
+        assert code == expected, said
+    assert run.rows() == whole.rows()
+
+
 def caught(pid: int) -> bool:
     """Whether a process has set its own handler of SIGUSR1."""
     mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
@@ -153,6 +167,28 @@ def test_a_signal_while_torch_is_imported(place: Path, rng: random.Random) -> No
     said, _ = child.communicate()
     assert child.returncode == 75 and run.reason()["exit"] == "requeue", said
     assert run.reason()["step"] == 0 and not checkpoint.steps(run.folder)
+
+
+@pytest.mark.parametrize(
+    ("before", "passed_on", "heard"),
+    [
+        ("SIG_DFL", "SIGTERM", signal.SIGHUP),
+        ("SIG_IGN", "SIGTERM", 0),
+        # what torchrun passes on under nohup must be heard, or it kills the run in the end
+        ("SIG_IGN", "SIGTERM,SIGHUP", signal.SIGHUP),
+    ],
+)
+def test_a_closed_terminal_stops_a_run_unless_nohup(
+    before: str, passed_on: str, heard: int
+) -> None:
+    code = (
+        f"import os, signal; signal.signal(signal.SIGHUP, signal.{before})\n"
+        "from llama.runtime import signals; stop = signals.listen()\n"
+        "os.kill(os.getpid(), signal.SIGHUP); print(stop.number)"
+    )
+    env = ENV | {"TORCHELASTIC_SIGNALS_TO_HANDLE": passed_on}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True)
+    assert int(said.stdout) == heard
 
 
 def test_a_second_signal_ends_a_run_that_hangs(place: Path, rng: random.Random) -> None:
@@ -180,6 +216,15 @@ def test_a_rank_that_keeps_python_from_running_is_ended(place: Path, whole: Run)
     # and what it is in time with is not ended: this one lasts longer than the timeout
     code, said = run.forked("step.begun:step=8,action=hold,seconds=5")
     assert code == 0 and run.rows() == whole.rows(), said
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("action", ["hang", "hold"])
+def test_a_start_that_hangs_is_ended(place: Path, action: str) -> None:
+    run = Run(place, f"never-{action}", {"train.save_timeout": 5})
+    code, said = run.forked(f"start.joined:action={action}")
+    assert code == 1 and "Timeout (0:00:05)!" in said and "world.py" in said, said
+    assert not run.folder.exists()
 
 
 @pytest.mark.full
@@ -358,7 +403,8 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
     limit = {"key": 600.0, "slurm": None, "both": 3000.0}[where]
     if where != "key":
         monkeypatch.setattr(watch, "job_seconds_left", lambda: 600.0)
-    here = world.start()
+    here, waits = world.start(), []
+    monkeypatch.setattr(world, "set_timeout", waits.append)
     try:
         cfg = Config(train=TrainConfig(time_limit=limit))
         cfg.model.vocab_size = 512
@@ -381,6 +427,8 @@ def test_it_stops_while_a_step_and_a_save_still_fit(
     finally:
         world.stop()
     assert found.asked == "the time limit"
+    # peers of a run that is stopped over night are not gone
+    assert waits and min(waits) > 24 * 3600
     # another step would have left less than a step and two saves; and none is given away
     assert left < 1.5 * (longest + 40) + 2 <= left + 15
     assert left > longest + 40

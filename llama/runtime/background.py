@@ -18,7 +18,7 @@ import torch
 from llama import faults
 from llama.cli import UserError, show_seconds
 from llama.config import CheckpointConfig
-from llama.runtime import checkpoint
+from llama.runtime import checkpoint, folder, signals
 from llama.runtime.world import World
 
 # Then something is wrong that does not pass by itself, and every further step could be lost.
@@ -59,7 +59,7 @@ class Saver:
                 f"{self._failures} checkpoints of {run} in a row could not be written "
                 f"({self.problem}): mend that, the same command goes on from the newest"
             )
-        world, path = replace(world, channel="saves"), checkpoint.path_of(run, step)
+        world = replace(world, channel="saves")
         background = cfg.background and not wait
         if background:
             tensors, state = self._stage(tensors), copy.deepcopy(state)
@@ -67,7 +67,7 @@ class Saver:
         kept = (cfg.keep, cfg.keep_every)
         work = partial(checkpoint.save, run, step, tensors, state, world, *kept)
         # in any case a thread: while this one waits for it, it hears signals
-        self._thread = Thread(target=self._write, args=(path, work, world), daemon=True)
+        self._thread = Thread(target=self._write, args=(run, step, work, world), daemon=True)
         self._thread.start()
         if not background:
             self.finish()
@@ -92,16 +92,20 @@ class Saver:
         if self._copied:
             torch.cuda.current_stream().wait_event(self._copied)
 
-    def _write(self, path: Path, work: Callable[[], str | None], world: World) -> None:
-        began = time.monotonic()
+    def _write(self, run: Path, step: int, work: Callable[[], str | None], world: World) -> None:
+        began, path = time.monotonic(), checkpoint.path_of(run, step)
         try:
             if world.device.type == "cuda":
                 torch.cuda.set_device(world.device)  # a thread begins on the first one
             if self._copied:
                 self._copied.synchronize()
             self.problem = work()
-        except Exception as error:  # a rank that is gone: the loop will notice as well
+        except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"
+            if world.size > 1:
+                # a rank is gone: others wait for this one's part, and the loop of none may notice
+                folder.exit_reason(run, "failed", f"rank {world.rank}: {self.problem}", step)
+                signals.end(f"rank {world.rank} ends: another one has failed ({self.problem})", 1)
         self.write_s = time.monotonic() - began
         self._failures = self._failures + 1 if self.problem else 0
         if self.problem:

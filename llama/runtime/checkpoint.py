@@ -240,6 +240,9 @@ def _attempt(action: Callable[[], Any]) -> tuple[Any, str | None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
+        if "/gloo/transport/" in str(error):
+            # another process is gone: nothing can be agreed on any more
+            raise
         return None, _reason(error)
 
 

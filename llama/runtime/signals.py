@@ -1,6 +1,7 @@
 """Requests to stop: a signal sets a flag, which the run looks at wherever it can stop.
 
-Schedulers send SIGTERM (torchrun, preemption), SIGUSR1 or SIGUSR2 (time limits), people SIGINT.
+Schedulers send SIGTERM (torchrun, preemption), SIGUSR1 or SIGUSR2 (time limits), people SIGINT, a
+terminal that is closed SIGHUP.
 Imports the standard library only: commands listen before they import torch, which takes seconds.
 """
 
@@ -17,7 +18,11 @@ from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+_passed_on = "SIGHUP" in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+if _passed_on or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    # a terminal is closed; nohup has that ignored, but torchrun hears it in spite of nohup
+    STOPPING.append(signal.SIGHUP)
 TICK_S = 1.0
 # A scheduler that signals every process and a launcher that passes it on mean one request.
 ONE_REQUEST_S = 0.3

@@ -158,7 +158,9 @@ def restore(state: State, found: Path) -> None:
     optim.set_step_count(state.optimizer, saved["adam_steps"])
     rng = bytearray.fromhex(saved["rng"])
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8).clone())
-    state.step, state.unvalidated = saved["step"], saved.get("unvalidated")
+    state.step = saved["step"]
+    # where a rewind came later, it was made up for in the branch before
+    state.unvalidated = saved.get("unvalidated") if saved.get("branch", 0) == len(rewinds) else None
     state.order, unread = schedule.go_on(cfg, state.sources, saved["segments"], state.step, changed)
     judged = saved.get("guard") and {"span": saved["config"]["guard"]["window"]} | saved["guard"]
     state.guard = Guard(cfg.guard, here, len(rewinds), judged)

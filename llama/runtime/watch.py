@@ -9,6 +9,7 @@ import faulthandler
 import math
 import os
 import platform
+import signal
 import time
 import weakref
 from contextlib import suppress
@@ -19,7 +20,7 @@ from llama.runtime import folder, signals, world
 from llama.runtime.state import State
 
 TIME_LIMIT = 128  # beside the numbers of signals
-NAMES = {number: number.name for number in signals.STOPPING} | {0: "", TIME_LIMIT: "the time limit"}
+NAMES = {number: number.name for number in signal.Signals} | {0: "", TIME_LIMIT: "the time limit"}
 # The longest step and the last save are taken to be this much longer, and ending takes a moment.
 SAFETY, ENDING_S = 1.5, 2.0
 # What a process writes and hashes, until the first save is measured.
@@ -31,6 +32,8 @@ HELD = 2
 GRACE_S = 3.0
 # Once a rank has failed, collectives on GPUs would wait for it for ever.
 FOLLOW_S = 30.0
+# Watches say more than a collective does in the end, and do not count time in which all is stopped.
+COLLECTIVE_S = 7 * 24 * 3600.0
 WIDTH = 160  # of the last beat, in bytes
 
 
@@ -49,8 +52,7 @@ class Watch:
         self._deadline = self._since + left_s
         if left_s < math.inf:
             state.world.say(f"{show_seconds(left_s)} left ({key}): saves and stops before")
-        # behind the watch, which says more
-        world.set_timeout(max(cfg.step_timeout, cfg.save_timeout) + 60)
+        world.set_timeout(COLLECTIVE_S)
         path = state.run / "stacks" / f"rank-{state.world.rank}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         # stacks of earlier starts stay
