@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llama.cli import UserError, expect
+from llama.corpus import guard
 from llama.corpus.document import Document, Item
 from llama.corpus.models.linear import Linear
 
@@ -30,6 +31,8 @@ def check(languages: Sequence[str], min_score: float, model: str) -> None:
         raise UserError(f"identifying languages needs {package}: pip install {package}")
     if model and not Path(model).is_file():
         raise UserError(f"language_model {model} is no file")
+    if model and not ours:
+        guard.tried(identifier, model, model)
     try:
         known = identifier(model)[1]
     except UserError:
