@@ -171,12 +171,19 @@ def tarred(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
     return out.getvalue()
 
 
+@pytest.fixture
+def for_deep_folders(tmp_path):
+    yield tmp_path
+    # pytest's own clean-up calls itself for every level
+    subprocess.run(["rm", "-rf", tmp_path], check=True)
+
+
 @pytest.mark.parametrize("depth", [1100, 2100])
-def test_folders_of_any_depth(tmp_path, depth):
+def test_folders_of_any_depth(for_deep_folders, depth):
     """In a repository and above one; beyond what the system can name they are counted."""
     for above in ("deep/repo", "shelf/s"):
-        (tmp_path / above).mkdir(parents=True)
-        handle = os.open(tmp_path / above, os.O_RDONLY)
+        (for_deep_folders / above).mkdir(parents=True)
+        handle = os.open(for_deep_folders / above, os.O_RDONLY)
         for _ in range(depth):
             os.mkdir("d", dir_fd=handle)
             inner = os.open("d", os.O_RDONLY, dir_fd=handle)
@@ -184,16 +191,14 @@ def test_folders_of_any_depth(tmp_path, depth):
             handle = inner
         os.close(os.open("a.py", os.O_CREAT, dir_fd=handle))
         os.close(handle)
-    (tmp_path / "deep/repo/b.py").write_text("x = 1\n")
-    plan = github.plan(github.Options(source="s"), [tmp_path])
+    (for_deep_folders / "deep/repo/b.py").write_text("x = 1\n")
+    plan = github.plan(github.Options(source="s"), [for_deep_folders])
     reasons = [item.reason for p in plan.units[0].pieces for item in plan.read(p)]
     if depth == 1100:
         assert reasons == ["no_licence"] * 3 and not plan.left_out
     else:
         assert sorted(reasons) == ["no_licence", "special_file"]
         assert [left.reason for left in plan.left_out] == ["unreadable"]
-    # shutil.rmtree calls itself for every level as well
-    subprocess.run(["rm", "-rf", tmp_path / "deep", tmp_path / "shelf"], check=True)
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])

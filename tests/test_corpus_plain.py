@@ -172,21 +172,23 @@ def test_a_damaged_parquet_file_never_loses_rows_silently(tmp_path, rng):
     texts = [f"text {i} " * 9 for i in range(200)]
     path = tmp_path / "x.parquet"
     table = pyarrow.table({"text": texts})
-    parquet.write_table(table, path, write_page_checksum=True, row_group_size=20)
+    parquet.write_table(table, path, write_page_checksum=True, row_group_size=50)
     good = path.read_bytes()
     footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
     piece = plain.plan(plain.Options(source="s"), [path]).units[0].pieces[0]
-    for begin in range(footer, len(good) - 8, 3):
+    silent = 0
+    for begin in range(footer, len(good) - 8 - 2):
         bad = bytearray(good)
-        n = rng.randrange(1, 80)
-        bad[begin : begin + n] = bytes(len(bad[begin : begin + n]))
+        n = rng.choice((1, 2))
+        bad[begin : begin + n] = bytes(n)
         path.write_bytes(bad)
         try:
             found = list(plain.read(plain.Options(source="s"), piece))
         except Exception:
             continue
         kept = [item.text for item in found if isinstance(item, Document)]
-        assert kept == texts or len(kept) < len(found), f"zeros at {begin}, {n} of them"
+        silent += kept != texts and len(kept) == len(found)
+    assert silent == 0
 
 
 def test_parquet_without_pyarrow_is_said_before_the_run(tmp_path, monkeypatch):

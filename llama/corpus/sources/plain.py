@@ -194,6 +194,8 @@ def _parquet(options: Options, piece: Piece) -> Iterator[Item]:
     # damage to the list of row groups shortens it
     if row != file.metadata.num_rows:
         raise ValueError(f"{row} rows of {file.metadata.num_rows}")
+    if not row:
+        yield Dropped(piece.name, "empty", piece.size)
 
 
 def _zip(options: Options, piece: Piece) -> Iterator[Item]:
