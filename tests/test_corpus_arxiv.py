@@ -6,6 +6,8 @@ import os
 import random
 import tarfile
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -216,6 +218,47 @@ def test_hostile_latex_takes_linear_time(unit: str) -> None:
 
     small = min(seconds(3_000) for _ in range(3))
     assert min(seconds(12_000) for _ in range(3)) < 8 * small + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda n: "".join(f"\\verb{chr(0x4E00 + i)}" for i in range(n)),
+        lambda n: "\\def\\q{" * n + "\\csname x" + "}" * n,
+        lambda n: "\\x[" * n,
+        lambda n: "\\z{}" * n,
+        lambda n: "".join(f"\\def\\q{chr(0x4E00 + i)}" + "{\\part}" for i in range(n)) + "\\b" * n,
+    ],
+    ids=["delimiters", "inner definitions", "brackets", "many parameters", "own sections"],
+)  # fmt: skip
+def test_every_unit_hostile_in_another_way_takes_linear_time(made: Callable[[int], str]) -> None:
+    def seconds(n: int) -> float:
+        preamble = "\\newcommand{\\x}[2][d]{#1#2}\\def\\z#1{" + "#1" * n + "}"
+        source = paper("\\section{A}" + made(n), preamble)
+        start = time.process_time()
+        latex.clean({"m.tex": source}, "m.tex")
+        return time.process_time() - start
+
+    small = min(seconds(3_000) for _ in range(3))
+    large = min(seconds(12_000) for _ in range(3))
+    assert large < 8 * small + 0.1
+
+
+def test_few_bytes_that_stand_for_many_stay_few() -> None:
+    """A body that says its argument, and a file that is input, again and again."""
+    n = 50_000
+    bomb = paper("\\section{A}\\x{" + "y" * n + "}", "\\def\\x#1{" + "#1" * n + "}")
+    part = {"a.tex": "words " * 100_000}
+    tracemalloc.start()
+    result = latex.clean({"m.tex": bomb}, "m.tex")
+    inputs = latex.clean({"m.tex": paper("\\section{A}" + "\\input{a}" * 900)} | part, "m.tex")
+    braces = latex.clean({"m.tex": paper("\\section{A}" + "{}" * 200_000)}, "m.tex")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.notes == ("macro limit",) and len(result.text) < 4 * n
+    assert "input in a circle" in inputs.notes and 6 * 10**5 <= len(inputs.text) < 3 * 10**6
+    assert len(braces.text) > 400_000 and peak < 64_000_000
 
 
 # -- packings --------------------------------------------------------------------------------------

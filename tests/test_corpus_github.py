@@ -6,7 +6,9 @@ import io
 import lzma
 import os
 import random
+import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 
 import pytest
@@ -167,6 +169,51 @@ def tarred(files: dict[str, bytes], *more: tarfile.TarInfo) -> bytes:
         for info in more:
             archive.addfile(info, io.BytesIO(bytes(info.size)))
     return out.getvalue()
+
+
+@pytest.fixture
+def for_deep_folders(tmp_path):
+    yield tmp_path
+    # pytest's own clean-up calls itself for every level
+    subprocess.run(["rm", "-rf", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("depth", [1100, 2100])
+def test_folders_of_any_depth(for_deep_folders, depth):
+    """In a repository and above one; beyond what the system can name they are counted."""
+    for above in ("deep/repo", "shelf/s"):
+        (for_deep_folders / above).mkdir(parents=True)
+        handle = os.open(for_deep_folders / above, os.O_RDONLY)
+        for _ in range(depth):
+            os.mkdir("d", dir_fd=handle)
+            inner = os.open("d", os.O_RDONLY, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+        os.close(os.open("a.py", os.O_CREAT, dir_fd=handle))
+        os.close(handle)
+    (for_deep_folders / "deep/repo/b.py").write_text("x = 1\n")
+    plan = github.plan(github.Options(source="s"), [for_deep_folders])
+    reasons = [item.reason for p in plan.units[0].pieces for item in plan.read(p)]
+    if depth == 1100:
+        assert reasons == ["no_licence"] * 3 and not plan.left_out
+    else:
+        assert sorted(reasons) == ["no_licence", "special_file"]
+        assert [left.reason for left in plan.left_out] == ["unreadable"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_within_a_tar_is_bounded(tmp_path, kind):
+    info, size = tarfile.TarInfo("x"), 40_000_000
+    info.type, info.size = kind, size
+    said = (b"%011d path=" % size).ljust(size - 1, b"a") + b"\n"
+    data = info.tobuf(tarfile.GNU_FORMAT) + said + bytes(-size % 512) + bytes(1024)
+    (tmp_path / "r.tar.gz").write_bytes(gzip.compress(data, 1))
+    plan = github.plan(github.Options(source="s"), [tmp_path])
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="bomb"):
+        list(plan.read(plan.units[0].pieces[0]))
+    assert tracemalloc.get_traced_memory()[1] < 64_000_000
+    tracemalloc.stop()
 
 
 def test_archives_in_memory(tmp_path):

@@ -1,5 +1,7 @@
 """Languages: known sentences, what is no language, and what is said before a run starts."""
 
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -65,6 +67,23 @@ def test_a_model_that_is_none(tmp_path) -> None:
     (tmp_path / "lid.bin").write_bytes(b"no model")
     with pytest.raises(UserError, match="lid.bin cannot be loaded"):
         language.check([], 0.5, str(tmp_path / "lid.bin"))
+
+
+@pytest.mark.parametrize("how", ["crash", "exit"])
+def test_a_model_that_ends_its_process_is_refused_in_one_sentence(
+    tmp_path, monkeypatch, how
+) -> None:
+    """A native library that aborts on a damaged file takes a child process with it, not this."""
+
+    def load(path: str) -> None:
+        os._exit(3) if how == "exit" else signal.raise_signal(signal.SIGSEGV)
+
+    monkeypatch.setitem(sys.modules, "fasttext", SimpleNamespace(load_model=load))
+    monkeypatch.setattr(language, "find_spec", lambda name: name)
+    (tmp_path / "lid.bin").write_bytes(b"damaged")
+    told = {"crash": "SIGSEGV", "exit": "code 3"}[how]
+    with pytest.raises(UserError, match=f"lid.bin cannot be loaded: the process .*{told}"):
+        language.check(["en"], 0.5, str(tmp_path / "lid.bin"))
 
 
 def test_fasttext_sees_one_line_and_its_labels_lose_their_prefix(tmp_path, monkeypatch) -> None:

@@ -238,6 +238,11 @@ def test_models_of_ccnet_are_read_through_kenlm(models: Path, tmp_path: Path) ->
         [found] = perplexity.grade(iter(documents(raw)), str(tmp_path), [])
         expected = 10 ** (-model.score(" ".join(words)) / (len(words) + 1))
         assert found.meta["perplexity"] == round(expected, 1)
+    # what kenlm quotes of a damaged file need not be UTF-8
+    (tmp_path / "fr.arpa.bin").write_bytes(b"\\data\\\nngram 1=\xff\xfe\n\n\\1-grams:\n\xff\n")
+    (tmp_path / "fr.sp.model").write_bytes((models / "lm/en.model").read_bytes())
+    with pytest.raises(UserError, match="fr.arpa.bin"):
+        perplexity.check(str(tmp_path), [], ["fr"])
     (tmp_path / "de.arpa.bin").write_bytes(b"\x00\x01")
     (tmp_path / "de.sp.model").write_bytes((models / "lm/en.model").read_bytes())
     with pytest.raises(UserError, match="de.arpa.bin"):

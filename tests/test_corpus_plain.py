@@ -164,6 +164,33 @@ def test_parquet(tmp_path):
         items(path, text_key="body")
 
 
+def test_a_damaged_parquet_file_never_loses_rows_silently(tmp_path, rng):
+    """Pages have sums, the footer has none: there a stretch of zeros ends a list of row groups."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"text {i} " * 9 for i in range(200)]
+    path = tmp_path / "x.parquet"
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, path, write_page_checksum=True, row_group_size=50)
+    good = path.read_bytes()
+    footer = len(good) - 8 - int.from_bytes(good[-8:-4], "little")
+    piece = plain.plan(plain.Options(source="s"), [path]).units[0].pieces[0]
+    silent = 0
+    for begin in range(footer, len(good) - 8 - 2):
+        bad = bytearray(good)
+        n = rng.choice((1, 2))
+        bad[begin : begin + n] = bytes(n)
+        path.write_bytes(bad)
+        try:
+            found = list(plain.read(plain.Options(source="s"), piece))
+        except Exception:
+            continue
+        kept = [item.text for item in found if isinstance(item, Document)]
+        silent += kept != texts and len(kept) == len(found)
+    assert silent == 0
+
+
 def test_parquet_without_pyarrow_is_said_before_the_run(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

@@ -1,5 +1,6 @@
 """Recipe `stackexchange`: threads joined from rows in any order, HTML gone, code kept."""
 
+import base64
 import gzip
 import html
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from llama.cli import UserError
 from llama.corpus import engine
+from llama.corpus.document import Document
 from llama.corpus.sources import stackexchange
 from llama.corpus.sources.stackexchange import Rows, strip_tags
 from llama.files import read_documents
@@ -174,17 +176,58 @@ def test_hostile_markup_takes_linear_time(unit: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "unit", [b"<row ", b'<row a="', b"<row a=' ", b'<row "" ', b"<row 'a\"' <"]
+    "unit", [b"<row ", b'<row a="', b"<row a=' ", b'<row "" ', b"<row 'a\"' <", b"a"]
 )
 def test_hostile_rows_take_linear_time(unit: bytes) -> None:
     def seconds(n: int) -> float:
         start = time.process_time()
         rows = Rows("x", 10**8)
-        [*rows.feed(unit * n), *rows.end()]
+        [*rows.feed(b"<row " + unit * n + b"/>"), *rows.end()]
         return time.process_time() - start
 
     small = min(seconds(20_000) for _ in range(3))
     assert min(seconds(80_000) for _ in range(3)) < 8 * small + 0.05
+
+
+def test_a_row_of_millions_of_bytes_in_small_chunks_takes_linear_time(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    def seconds(n: int) -> float:
+        folder = tmp_path / str(n) / "a.stackexchange.com"
+        folder.mkdir(parents=True)
+        body = base64.b64encode(rng.randbytes(n))
+        row = b'<row Id="1" PostTypeId="1" Body="' + body + b'" />'
+        (folder / "Posts.xml.gz").write_bytes(gzip.compress(row, 1))
+        plan = stackexchange.plan(stackexchange.Options(), [folder.parent])
+        start = time.process_time()
+        [found] = plan.read(plan.units[0].pieces[0])
+        assert isinstance(found, Document) and body.decode() in found.text
+        return time.process_time() - start
+
+    small = seconds(1_000_000)
+    assert seconds(4_000_000) < 8 * small + 0.2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f'Id="{"9" * 20}" PostTypeId="1" Body="x"',
+        f'Id="1" PostTypeId="1" Score="-{"9" * 20}" Body="x"',
+        f'Id="{"9" * 5_000}" PostTypeId="1" Body="x"',
+        f'Id="1" PostTypeId="1" Body="x &#{"9" * 5_000};"',
+        f'Id="1" PostTypeId="1" Body="x &amp;#{"9" * 5_000};"',
+        f'Id="1" PostTypeId="1" Title="&amp;#{"9" * 5_000};" Body="x"',
+    ],
+)
+def test_a_number_without_end_costs_no_other_post(tmp_path: Path, row: str) -> None:
+    folder = tmp_path / "a.stackexchange.com"
+    folder.mkdir()
+    other = '<row Id="7" PostTypeId="1" Body="other words" />'
+    (folder / "Posts.xml").write_text(f"<posts><row {row} />{other}</posts>")
+    plan = stackexchange.plan(stackexchange.Options(), [tmp_path])
+    first, second = plan.read(plan.units[0].pieces[0])
+    assert isinstance(second, Document) and "other words" in second.text
+    assert isinstance(first, Document) or first.reason == "xml" and len(first.id) < 100
 
 
 def test_the_largest_sites_are_taken(tmp_path: Path) -> None:

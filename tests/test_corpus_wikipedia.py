@@ -1,11 +1,13 @@
 """Recipe `wikipedia`: wikitext by its rules and on hostile input, dumps whole, cut and damaged."""
 
+import base64
 import bz2
 import gzip
 import html
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,74 @@ def test_hostile_wikitext_takes_linear_time(unit: str) -> None:
         start = time.process_time()
         plain_text(unit * 40_000 + closing * 40_000)
         assert time.process_time() - start < 8 * small + 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda n: "=" + " " * n + "x",
+        lambda n: "-{" * n + "x" * 5 * n + "}-" * n,
+        lambda n: "[//a " * n + "x" * 5 * n + "]" * n,
+        lambda n: "".join(
+            "<" + "".join(c.upper() if i >> k & 1 else c for k, c in enumerate("syntaxhighlight"))
+            + ">" for i in range(n)
+        ),
+    ],
+    ids=["heading", "variants", "addresses", "names"],
+)  # fmt: skip
+def test_other_hostile_wikitext_takes_linear_time(made: Callable[[int], str]) -> None:
+    def seconds(n: int) -> float:
+        start = time.process_time()
+        plain_text(made(n))
+        return time.process_time() - start
+
+    small = min(seconds(5_000) for _ in range(3))
+    large = min(seconds(20_000) for _ in range(3))
+    assert large < 8 * small + 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["open", "endless", "redirect", "namespaces"])
+def test_hostile_dumps_take_linear_time(tmp_path: Path, rng: random.Random, how: str) -> None:
+    begun = b"<page><title>a</title><id>1</id><revision><text>"
+
+    def seconds(n: int) -> float:
+        data = {
+            "open": begun + base64.b64encode(rng.randbytes(n * 3)),
+            "endless": b"<page>" * (n // 10),
+            "redirect": begun + b"#a" + b" " * (n // 10) + b"x</text></page>",
+            "namespaces": b'<namespace key="1" ' * (n // 20),
+        }[how]
+        raw = tmp_path / str(n)
+        raw.mkdir(exist_ok=True)
+        (raw / "enwiki-pages-articles.xml.gz").write_bytes(gzip.compress(data, 1))
+        start = time.process_time()
+        plan = wikipedia.plan(wikipedia.Options(), [raw])
+        assert [list(plan.read(unit.pieces[0])) for unit in plan.units]
+        return time.process_time() - start
+
+    small = seconds(500_000)
+    large = seconds(2_000_000)
+    assert large < 8 * small + 0.2
+
+
+def test_a_number_without_end_costs_no_other_page(tmp_path: Path) -> None:
+    """Python raises on numbers of more than 4,300 digits, also within html.unescape."""
+    endless = "&#" + "9" * 5_000 + ";"
+    pages = page(1, f"before {endless} behind"), page(2, "the next one")
+    named = pages[0].replace("Title 1", f"Title {endless}")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/enwiki-pages-articles.xml").write_text(
+        HEAD.format("enwiki") + named + pages[1]
+    )
+    found, summary = made(tmp_path, tmp_path / "raw")
+    assert len(found) == 2 and not summary.total["quarantined"]
+    assert "before \ufffd behind" in found["enwiki:1"]["text"]
+
+
+def test_blocks_close_in_any_case() -> None:
+    assert plain_text("<Math>a [[b]]</MATH> [[c]]") == "a [[b]] c"
 
 
 def test_random_markup_never_raises(rng: random.Random) -> None:

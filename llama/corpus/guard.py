@@ -10,10 +10,12 @@ import pickle
 import resource
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from llama.cli import UserError
 from llama.corpus.document import describe
-from llama.corpus.pool import Died, Failed
+from llama.corpus.pool import Died, Failed, death
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,6 +64,19 @@ def each(
         if len(answers) < len(items):
             answers.append(Died(os.waitstatus_to_exitcode(status), None))
     return answers
+
+
+def tried(load: Callable[[str], object], name: str, path: str | Path) -> None:
+    """Raise `UserError` for a file that ends the process which loads it; a mere error is no concern
+    here. Native code may crash on a damaged one, or read on behind its end without end.
+    """
+    size = os.path.getsize(path)
+    deadline_s, memory_bytes = 10 + size / 2e6, (1 << 30) + 4 * size
+    [answer] = each(
+        lambda item: bool(load(item)), [name], deadline_s, signal.ITIMER_PROF, memory_bytes
+    )
+    if isinstance(answer, Died):
+        raise UserError(f"{path} cannot be loaded: the process {death(answer.code)}")
 
 
 def _answer(work: Callable[[Any], Any], item: Any) -> Any:

@@ -42,7 +42,7 @@ class Died:
 
 def death(code: int | None) -> str:
     """How a process ended, from its exit code: what to tell about it."""
-    if code == -signal.SIGALRM:
+    if code in (-signal.SIGALRM, -signal.SIGPROF):
         return "took longer than the deadline"
     if code == -signal.SIGKILL:
         return "was killed (out of memory?)"

@@ -48,11 +48,23 @@ def chunks(path: str | Path, begin: int = 0, size: int | None = None) -> Iterato
     with open(path, "rb") as file:
         if Path(path).suffix in COMPRESSED:
             limit = expansion_limit(os.fstat(file.fileno()).st_size)
-            for chunk in files.inflated(file, Path(path).suffix, SIP_BYTES):
-                limit -= len(chunk)
-                if limit < 0:
-                    raise ValueError(f"expands more than {MAX_RATIO} times: taken for a bomb")
-                yield chunk
+            found, damage = bytearray(), None
+            try:
+                for chunk in files.inflated(file, Path(path).suffix, SIP_BYTES):
+                    limit -= len(chunk)
+                    if limit < 0:
+                        raise ValueError(f"expands more than {MAX_RATIO} times: taken for a bomb")
+                    found += chunk
+                    # readers copy what they wait with for every chunk that comes
+                    if len(found) >= CHUNK_BYTES:
+                        yield bytes(found)
+                        found.clear()
+            except Exception as error:
+                damage = error
+            if found:
+                yield bytes(found)
+            if damage:
+                raise damage
             return
         file.seek(begin)
         left = os.fstat(file.fileno()).st_size - begin if size is None else size

@@ -6,9 +6,9 @@ read twice: for the licences of its folders (sources/licences.py; a folder that 
 under that of the one above), then for its files. Out: a document per file, cleaned by
 steps/code.py; its id is repository/path.
 
-Drop reasons: `special_file` (links, pipes), `lock_file`, `vendored`, `minified`, `suffix`,
-`licence_file`, `too_large`, `no_licence`, `licence NAME`, `repeated`, `binary`, those of
-steps/code.py.
+Drop reasons: `special_file` (links, pipes, folders that cannot be read), `lock_file`, `vendored`,
+`minified`, `suffix`, `licence_file`, `too_large`, `no_licence`, `licence NAME`, `repeated`,
+`binary`, those of steps/code.py.
 Quarantined: `unreadable`, `damaged`. Noted: `decoded as ...`.
 """
 
@@ -53,6 +53,8 @@ _BY_PATH = re.compile(
 )
 _MAX_PATH = 4096
 _MAX_LICENCE_BYTES = 1 << 20
+# Of a member of a tar: tarfile holds it several times over.
+_MAX_HEADER_BYTES = 1 << 24
 
 
 @dataclass
@@ -83,7 +85,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     for top in inputs:
         if not top.is_dir():
             raise UserError(f"--input {top} is no folder of repositories")
-        for piece in _repositories(top, str(top), left_out):
+        for piece in _repositories(top, left_out):
             if pieces.setdefault(piece.name, piece) is not piece:
                 raise UserError(f"--input holds two repositories {piece.name}: ids would clash")
     units = group(sorted(pieces.values()), options.unit_bytes)
@@ -96,15 +98,21 @@ def steps(options: Options) -> list[Step]:
     return [text.unix_line_ends, partial(code.clean, allowed=allowed)]
 
 
-def _repositories(top: Path, folder: str, left_out: list[LeftOut]) -> Iterator[Piece]:
+def _repositories(top: Path, left_out: list[LeftOut]) -> Iterator[Piece]:
     """Folders and archives below `top`; a folder with any other file in it is a repository."""
-    for entry in os.scandir(folder):
+    # grows while it is gone through: however deep the folders lie, nothing calls itself
+    entries = list(os.scandir(top))
+    for entry in entries:
         name = printable(os.path.relpath(entry.path, top))
         archive = _ARCHIVE.fullmatch(name)
         if entry.is_dir(follow_symlinks=False):
-            inside = [e.name for e in os.scandir(entry.path) if not e.is_dir(follow_symlinks=False)]
-            if all(map(_ARCHIVE.fullmatch, inside)):
-                yield from _repositories(top, entry.path, left_out)
+            try:
+                inside = list(os.scandir(entry.path))
+            except OSError:
+                left_out.append(LeftOut(name, "unreadable"))
+                continue
+            if all(e.is_dir(follow_symlinks=False) or _ARCHIVE.fullmatch(e.name) for e in inside):
+                entries += inside
             else:
                 size = sum(member.size for member in _tree(entry.path))
                 yield Piece(name, entry.path, "tree", size)
@@ -124,26 +132,36 @@ class Member(NamedTuple):
 
 
 def _tree(top: str) -> Iterator[Member]:
-    for folder, folders, names in os.walk(top):
-        folders[:] = sorted(set(folders) - {".git", ".hg", ".svn"})
-        # links to folders are listed among these, and not gone into
-        for path in (Path(folder, name) for name in sorted([*folders, *names])):
-            status = path.lstat()
-            if not stat.S_ISDIR(status.st_mode):
-                read = path.read_bytes if stat.S_ISREG(status.st_mode) else None
-                yield Member(os.path.relpath(path, top), status.st_size if read else 0, read)
+    folders = [top]
+    while folders:
+        folder = folders.pop()
+        try:
+            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            # no right to, or the path is too long for the system
+            yield Member(os.path.relpath(folder, top), 0, None)
+            continue
+        for entry in inside:
+            # links to folders are not gone into
+            if not entry.is_dir(follow_symlinks=False):
+                status, path = entry.stat(follow_symlinks=False), os.path.relpath(entry.path, top)
+                read = Path(entry.path).read_bytes if stat.S_ISREG(status.st_mode) else None
+                yield Member(path, status.st_size if read else 0, read)
+        further = (e for e in reversed(inside) if e.is_dir(follow_symlinks=False))
+        folders += [e.path for e in further if e.name not in (".git", ".hg", ".svn")]
 
 
 class _Bounded:
-    """A stream that gives no more than a limit: a header within may ask for all of a bomb."""
+    """A stream that gives no more than a limit, and until the next member no more than `near`: a
+    header within may ask for all of a bomb."""
 
     def __init__(self, file: Any, limit: int) -> None:
-        self.file, self.left = file, limit
+        self.file, self.left, self.near = file, limit, _MAX_HEADER_BYTES
 
     def read(self, size: int) -> bytes:
         data: bytes = self.file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
+        self.left, self.near = self.left - len(data), self.near - len(data)
+        if min(self.left, self.near) < 0:
             raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
         return data
 
@@ -158,6 +176,7 @@ def _tar(path: str) -> Iterator[Member]:
         for info in tar:
             # tarfile would remember every one
             tar.members = []  # type: ignore[attr-defined]
+            stream.near = info.size + _MAX_HEADER_BYTES
             if not info.isdir():
                 member = tar.extractfile(info) if info.isreg() else None
                 yield Member(info.name, info.size, member.read if member else None)

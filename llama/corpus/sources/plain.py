@@ -190,6 +190,11 @@ def _parquet(options: Options, piece: Piece) -> Iterator[Item]:
             else:
                 too_large = len(value) > options.max_document_bytes
                 yield from _whole(options, id, None if too_large else value, len(value))
+    # damage to the list of row groups shortens it
+    if row != file.metadata.num_rows:
+        raise ValueError(f"{row} rows of {file.metadata.num_rows}")
+    if not row:
+        yield Dropped(piece.name, "empty", piece.size)
 
 
 def _zip(options: Options, piece: Piece) -> Iterator[Item]:

@@ -10,7 +10,6 @@ Drop reasons: `post_type` (tag wikis and the like), `answer_without_question`, `
 `duplicate`. Quarantined: `xml` (a row that is not closed or has no id), `too_large`.
 """
 
-import html
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +32,7 @@ SPOOL_BYTES, MAX_SPOOLS = 1 << 28, 512
 _QUESTION, _ANSWER = 1, 2
 # Quotes cannot be within a value; possessive, so that nothing is ever tried twice.
 _ROW = re.compile(r"""<row\b((?:[^<>"']++|"[^"]*+"|'[^']*+')*+)>""")
-_ATTRIBUTE = re.compile(r"""(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)')""")
+_ATTRIBUTE = re.compile(r"""\b(\w++)\s*+=\s*+(?:"([^"]*)"|'([^']*)')""")
 # What may follow "<" in a tag; anything else is a character of the text.
 _TAG = re.compile(r"[a-zA-Z/!?]")
 _VALUE = re.compile(r'[^"]*"(?:[^>"]|"[^"]*")*>')
@@ -225,7 +224,7 @@ def _unescape(value: str) -> str:
         return value
     value = value.replace("&#xA;", "\n").replace("&#xD;", "\r")
     if "&#" in value:
-        return html.unescape(value)
+        return text.unescape(value)
     value = value.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"')
     return value.replace("&apos;", "'").replace("&amp;", "&")
 
@@ -240,8 +239,10 @@ def _post(row: dict[str, str], site: str) -> dict[str, Any] | Dropped:
             return Dropped(f"{site}:{id}", "post_type", size)
         question = id if kind == _QUESTION else int(row.get("ParentId", 0))
         score = int(row.get("Score") or 0)
+        if not all(-(2**63) <= number < 2**63 for number in (id, question, score)):
+            raise ValueError("one of more than 64 bits")
     except (KeyError, ValueError) as error:
-        return Dropped(f"{site}:{row.get('Id', '')}", "xml", size, f"no number: {error}")
+        return Dropped(f"{site}:{row.get('Id', '')[:40]}", "xml", size, f"no number: {error}")
     content = strip_tags(body).strip()
     if not content:
         return Dropped(f"{site}:{id}", "no_body", size)
@@ -265,7 +266,7 @@ def threads(posts: Iterable[dict[str, Any]], site: str, source: str) -> Iterator
             yield Dropped(f"{site}:{post['id']}", "answer_without_question", size)
     for id, question in sorted(questions.items()):
         best_first = sorted(answers.get(id, {}).values(), key=lambda a: (-a["score"], a["id"]))
-        title = html.unescape(question.get("Title", "")).strip()
+        title = text.unescape(question.get("Title", "")).strip()
         parts = [f"Q: {title}\n\n{question['text']}" if title else f"Q: {question['text']}"]
         parts += [f"A: {answer['text']}" for answer in best_first]
         meta = {
@@ -311,4 +312,4 @@ def strip_tags(markup: str) -> str:
         if lead or rest:
             parts.append(lead + rest)
             at_line_start = rest[-1] == "\n" if rest else True
-    return html.unescape("".join(parts))
+    return text.unescape("".join(parts))

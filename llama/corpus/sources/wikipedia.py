@@ -10,7 +10,6 @@ Quarantined: `xml` (a page cut off), `damaged` (the rest of a stream).
 """
 
 import bz2
-import html
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -140,7 +139,7 @@ def _site(path: str, name: str) -> Site:
         # told when the pages are read
         pass
     content = head.partition(b"</siteinfo>")[0].decode("utf-8", "replace")
-    spaces = dict(re.findall(r'<namespace key="(-?\d+)"[^>]*>([^<]*)</', content))
+    spaces = dict(re.findall(r'<namespace key="(-?\d+)"[^<>]*>([^<]*)</', content))
     # an export of another wiki's pages may carry the head of the one that made it
     named = re.match(r"([a-z_]+?)wiki\b", Path(path).name)
     wiki = named or re.search(r"<dbname>(\w+?)wiki<", content)
@@ -172,24 +171,18 @@ def pages(chunks: Iterator[bytes]) -> Iterator[str | Dropped]:
         except (OSError, EOFError, ValueError) as problem:
             # what came before the damage is kept
             error, chunk = problem, b""
-        data += chunk
-        begin = 0
-        while (start := data.find(b"<page>", begin)) >= 0:
-            end = data.find(b"</page>", start)
-            again = data.find(b"<page>", start + 6, end if end >= 0 else len(data))
-            if again >= 0:
-                yield Dropped("", "xml", again - start, "a page without an end")
-            elif end >= 0:
-                yield data[start:end].decode("utf-8", "replace")
-            begin = again if again >= 0 else end
-            if begin < 0:
-                begin = start
-                break
-        data = data[begin:]
-        if not chunk or len(data) > _MAX_PAGE_BYTES:
-            if b"<page>" in data:
-                yield Dropped("", "xml", len(data), "a page without an end")
-            data = b""
+        behind, *parts = (data + chunk).split(b"<page>")
+        # it may be the beginning of a page's tag
+        data = behind[-5:]
+        for i, part in enumerate(parts, 1):
+            page, end, behind = part.partition(b"</page>")
+            data = behind[-5:]
+            if end:
+                yield (b"<page>" + page).decode("utf-8", "replace")
+            elif i < len(parts) or not chunk or len(part) > _MAX_PAGE_BYTES:
+                yield Dropped("", "xml", len(part) + 6, "a page without an end")
+            else:
+                data = b"<page>" + part
         if not chunk:
             if error:
                 yield Dropped("end", "damaged", 0, f"not read to its end: {error}")
@@ -200,7 +193,7 @@ def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Ite
     """One page as a document, or why it is none."""
     head = page.partition("<revision>")[0]
     values = dict(re.findall(r"<(title|ns|id)>([^<]*)</", head))
-    id, title = values.get("id", ""), html.unescape(values.get("title", ""))
+    id, title = values.get("id", ""), text.unescape(values.get("title", ""))
     size = len(page)
     place = f"{site.language}wiki:{id}"
     if not id or not title:
@@ -212,8 +205,8 @@ def _article(page: str, site: Site, options: Options, name: str) -> Iterator[Ite
     else:
         # the last one, where a dump holds the history
         content = page.rpartition("<revision>")[2].partition("<text")[2].partition(">")[2]
-        source = html.unescape(content.partition("</text>")[0])
-        if re.match(r"\s*#[^\W\d]+\s*:?\s*\[\[", source):
+        source = text.unescape(content.partition("</text>")[0])
+        if re.match(r"\s*#[^\W\d]++\s*+:?\s*\[\[", source):
             yield Dropped(place, "redirect", size)
             return
         if "\ufffd" in source:

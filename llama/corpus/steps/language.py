@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from llama.cli import UserError, as_user_error, expect, needed
+from llama.corpus import guard
 from llama.corpus.document import Document, Item
 from llama.corpus.models.linear import Linear
 
@@ -29,6 +30,8 @@ def check(languages: Sequence[str], min_score: float, model: str) -> None:
         needed(module, "identifying languages", package)
     if model and not Path(model).is_file():
         raise UserError(f"language_model {model} is no file")
+    if model and not ours:
+        guard.tried(identifier, model, model)
     with as_user_error(f"language_model {model} cannot be loaded", Exception):
         known = identifier(model)[1]
     if unknown := sorted(set(languages) - known):

@@ -10,7 +10,9 @@ a size: time is linear in what comes in and out, whatever the macros do.
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 MAX_DEPTH, MAX_INPUTS = 32, 1000
@@ -33,7 +35,7 @@ _PARTS = ("standalone", "subfiles")
 _BEGIN, _END = (re.compile(rf"\\{what}\s*\{{document\}}") for what in ("begin", "end"))
 # What a percent sign does not begin a comment in, or a comment with the line end that it eats.
 _COMMENT = re.compile(
-    r"\\verb\*?([^\sa-zA-Z*])[^\n]*?\1|\\(?:url|href|path|nolinkurl)\s*\{[^{}\n]*\}|\\[\\%]"
+    r"\\verb\*?([^\sa-zA-Z*])[^\n]{0,300}?\1|\\(?:url|href|path|nolinkurl)\s*\{[^{}\n]*\}|\\[\\%]"
     r"|(?P<line>(?:(?<=\n)|^)[ \t]*%[^\n]*(?:\n|$))|(?P<rest>%[^\n]*)"
 )
 _INPUT = re.compile(
@@ -60,6 +62,7 @@ _ALIAS = re.compile(
 _CALL = re.compile(r"\\([a-zA-Z@]+|[^a-zA-Z@])")
 _INTERNAL = re.compile(r"\\[a-zA-Z]*@|\\(?:csname|expandafter|futurelet|if[a-z]*)\b")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_STOP = re.compile(r"[{\]]")
 _PARAMETER = re.compile(r"#(\d)")
 _BLANKS = re.compile(r"\n[ \t]*\n\s*\n")
 
@@ -180,7 +183,8 @@ def _inputs(files: Mapping[str, str], main: str, notes: set[str]) -> Iterator[st
     """The main file's text with every input in its place, files of the project only."""
     # files that are open: name, text, where to read on
     stack = [(main, without_comments(files[main]), 0)]
-    n = 0
+    # a file may be read again and again
+    n, left = 0, FREE_GROWTH + sum(map(len, files.values()))
     while stack:
         name, text, at = stack.pop()
         match = _INPUT.search(text, at)
@@ -191,10 +195,10 @@ def _inputs(files: Mapping[str, str], main: str, notes: set[str]) -> Iterator[st
         stack.append((name, text, match.end()))
         wanted = match[1] or match[2] or posixpath.join(match[3], match[4])
         found = _look_up(files, wanted.strip().strip('"'), posixpath.dirname(name))
-        n += 1
+        n, left = n + 1, left - len(files.get(found or "", ""))
         if found is None:
             notes.add("input missing")
-        elif any(found == open_name for open_name, _, _ in stack) or n > MAX_INPUTS:
+        elif any(found == open_name for open_name, _, _ in stack) or n > MAX_INPUTS or left < 0:
             notes.add("input in a circle")
         else:
             stack.append((found, _part(files[found]), 0))
@@ -216,20 +220,19 @@ def _look_up(files: Mapping[str, str], wanted: str, folder: str) -> str | None:
 
 
 def _from_first_section(body: str, macros: Mapping[str, Macro], notes: set[str]) -> str:
-    own = [name for name, macro in macros.items() if _SECTION.search(macro.body)]
-    calls = "|".join([_SECTION.pattern, *(rf"\\{re.escape(x)}(?![a-zA-Z@])" for x in own)])
-    if match := re.search(calls, body):
-        return body[match.start() :]
+    own = {name for name, macro in macros.items() if _SECTION.search(macro.body)}
+    for match in _CALL.finditer(body):
+        if match[1] in own or _SECTION.fullmatch(match[0]):
+            return body[match.start() :]
     # letters have none: what follows the abstract or the title
     notes.add("no section")
     ends = [match.end() for match in _AFTER_FRONT.finditer(body)]
     return body[max(ends, default=0) :]
 
 
-def matching(text: str) -> dict[int, int]:
-    """Where the brace that opens at a position closes."""
-    closes: dict[int, int] = {}
-    opened: list[int] = []
+def matching(text: str) -> Sequence[int]:
+    """Where the brace that opens at a position closes, or 0."""
+    closes, opened = array("I", bytes(4 * len(text))), array("I")
     for match in _BRACE.finditer(text):
         if match[0] == "{":
             opened.append(match.start())
@@ -244,16 +247,19 @@ def definitions(source: str) -> tuple[str, dict[str, Macro]]:
     So do those of LaTeX's inner workings: what they stand for is layout, not text.
     """
     closes = matching(source)
+    # where each is, so that what is nested is not searched again and again
+    internal = [match.start() for match in _INTERNAL.finditer(source)]
     kept: list[str] = []
     macros = {name: Macro(0, None, body) for name, body in _ALIAS.findall(source)}
     at = 0
     for match in _DEFINES.finditer(source):
-        end = closes.get(match.end())
+        end = closes[match.end()]
         name = match[1] or match[2] or match[5] or match[6]
-        if match.start() < at or end is None:
+        if match.start() < at or not end:
             continue
         body = source[match.end() + 1 : end]
-        if _INTERNAL.search(f"\\{name} {body}"):
+        inside = bisect_left(internal, match.end())
+        if _INTERNAL.match(f"\\{name} ") or inside < bisect_left(internal, end):
             continue
         if match[5]:
             body = rf"\operatorname{{{body}}}"
@@ -279,7 +285,7 @@ class _Expander:
             self.stopped = True
             return text
         out: list[str] = []
-        closes: dict[int, int] | None = None
+        closes: Sequence[int] | None = None
         at = 0
         for match in _CALL.finditer(text):
             macro = self.macros.get(match[1])
@@ -293,11 +299,12 @@ class _Expander:
                 if taken is None:
                     continue
                 arguments, end = [self.expand(a, depth + 1) for a in taken[0]], taken[1]
-            body = _filled(macro.body, arguments)
-            self.budget -= len(body)
+            parts = _filled(macro.body, arguments)
+            self.budget -= len(macro.body) + sum(map(len, parts))
             if self.budget < 0:
                 self.stopped = True
                 break
+            body = "".join(parts)
             # in its own body a macro means what it meant before
             del self.macros[match[1]]
             expanded = self.expand(body, depth + 1) if "\\" in body else body
@@ -312,24 +319,27 @@ class _Expander:
         return "".join(out)
 
 
-def _filled(body: str, arguments: list[str]) -> str:
-    def argument(match: re.Match[str]) -> str:
-        number = int(match[1])
-        return arguments[number - 1] if 0 < number <= len(arguments) else match[0]
+def _filled(body: str, arguments: list[str]) -> list[str]:
+    """The body in parts: put together it may be far longer than all that there is."""
+    parts = _PARAMETER.split(body)
+    for i, number in enumerate(parts[1::2]):
+        known = 0 < int(number) <= len(arguments)
+        parts[2 * i + 1] = arguments[int(number) - 1] if known else f"#{number}"
+    return parts
 
-    return _PARAMETER.sub(argument, body) if "#" in body else body
 
-
-def _bracket(text: str, at: int, closes: Mapping[int, int]) -> int:
+def _bracket(text: str, at: int, closes: Sequence[int]) -> int:
     """Where the optional argument that begins at a place ends, or -1; braces may hold brackets."""
-    end = at + 1 if text.startswith("[", at) else len(text)
-    while end < len(text) and end <= at + 1000 and text[end] != "]":
-        end = closes.get(end, end) + 1
-    return end if text.startswith("]", end) else -1
+    end = at if text.startswith("[", at) else len(text)
+    while match := _STOP.search(text, end + 1, max(at + 1000, end + 2)):
+        if match[0] == "]":
+            return match.start()
+        end = closes[match.start()] or match.start()
+    return -1
 
 
 def _arguments(
-    text: str, at: int, macro: Macro, closes: Mapping[int, int]
+    text: str, at: int, macro: Macro, closes: Sequence[int]
 ) -> tuple[list[str], int] | None:
     """(the arguments of a call, where it ends), or None where they are not all there."""
     found: list[str] = []
@@ -342,8 +352,8 @@ def _arguments(
             at = at if end < 0 else end + 1
             continue
         if text[at : at + 1] == "{":
-            close = closes.get(at)
-            if close is None:
+            close = closes[at]
+            if not close:
                 return None
             found.append(text[at + 1 : close])
             at = close + 1

@@ -8,7 +8,7 @@ Drop reasons: the name of the bucket, when it is not one of those that stay.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from llama import files
 from llama.cli import UserError, as_user_error, needed
+from llama.corpus import guard
 from llama.corpus.document import Document, Item
 from llama.corpus.models.kneser_ney import KneserNey
 from llama.corpus.models.pieces import Pieces
@@ -41,6 +42,8 @@ def check(models: str, keep: Sequence[str], languages: Sequence[str] = ()) -> No
     _limits(models)
     for language in there:
         if not languages or language in languages:
+            if (arpa := Path(models, f"{language}.arpa.bin")).exists():
+                guard.tried(partial(scorer, models), language, arpa)
             scorer(models, language)
 
 
@@ -93,7 +96,7 @@ def _ccnet(path: Path, arpa: Path) -> Callable[[str], float]:
     # imported here: an extra that must be compiled
     kenlm = needed("kenlm", str(arpa), "kenlm")
     pieces = Pieces(path)
-    with as_user_error(f"{arpa} cannot be loaded", OSError, RuntimeError):
+    with as_user_error(f"{arpa} cannot be loaded", OSError, RuntimeError, ValueError):
         model = kenlm.Model(str(arpa))
 
     def perplexity(text: str) -> float:

@@ -1,11 +1,16 @@
-"""Steps for any text: line ends made one kind, documents without enough text dropped.
+"""Steps for any text: line ends made one kind, documents without enough text dropped; entities.
 
 Drop reasons: `empty` (nothing but white space), `short` (fewer characters than asked).
 """
 
+import html
+import re
 from collections.abc import Iterator
 
 from llama.corpus.document import Document, Item
+
+# Python makes no number of thousands of digits; so long a one is no character's.
+_ENDLESS = re.compile("&#[0-9]{100,};?")
 
 
 def unix_line_ends(documents: Iterator[Document]) -> Iterator[Item]:
@@ -15,6 +20,11 @@ def unix_line_ends(documents: Iterator[Document]) -> Iterator[Item]:
             text = document.text.replace("\r\n", "\n").replace("\r", "\n")
             document = document._replace(text=text)
         yield document
+
+
+def unescape(markup: str) -> str:
+    """Markup with its entities as characters."""
+    return html.unescape(_ENDLESS.sub("\ufffd", markup) if "&#" in markup else markup)
 
 
 def at_least(documents: Iterator[Document], min_chars: int) -> Iterator[Item]:

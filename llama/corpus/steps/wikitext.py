@@ -10,13 +10,13 @@ The scanner writes pieces into one list; what opens remembers where, what closes
 to there. Nothing is read twice, so time is linear in the length, whatever the nesting.
 """
 
-import html
 import re
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
 from llama import files
+from llama.corpus.steps.text import unescape
 
 _TABLES = files.read_yaml(Path(__file__).with_suffix(".yaml"))
 FILES, CATEGORIES, _BLOCKS, _DROPPED, _LINE_BREAKS = (
@@ -29,6 +29,7 @@ _VERBATIM = _BLOCKS | frozenset("nowiki math chem code ce".split())
 _GONE, _CODE = "\x01", "\x02"
 # Links within the caption of a file go three deep; a limit keeps the work on labels linear.
 _MAX_LINKS = 8
+_LINKS = {"[[": "link", "[": "external", "-{": "variant"}
 
 _TOKEN = re.compile(
     r"""<!--
@@ -39,7 +40,7 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.MULTILINE,
 )
-_HEADING = re.compile(r"^[ \t]*(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$")
+_HEADING = re.compile(r"(={1,6})(.+)\1")
 _LIST = re.compile(r"^[ \t]*(?:-{4,})?[*#;:]*[ \t]*")
 # What templates leave of (pronunciation; dates): nothing, or a bracket before the dates.
 _EMPTY = re.compile(f"( ?\\()[ ,;:]*{_GONE}[ ,;:{_GONE}]*(\\)?)")
@@ -105,8 +106,6 @@ class _Scanner:
             self._begin("table", token)
         elif kind == "|}":
             self._end("table", token)
-        elif kind == "-{":
-            self._begin("variant", token)
         elif kind == "}-":
             self._end("variant", token)
         elif kind[0] == "{":
@@ -115,10 +114,11 @@ class _Scanner:
             self.out.append("{" * (len(kind) % 2))
         elif kind[0] == "}":
             return self._braces(match)
-        elif kind == "[[" and self.depth["link"] < _MAX_LINKS:
-            self._begin("link", token)
-        elif kind == "[":
-            self._begin("external", token)
+        elif link := _LINKS.get(kind):
+            if self.depth[link] < _MAX_LINKS:
+                self._begin(link, token)
+            else:
+                self.out.append(token)
         else:
             return self._bracket(match)
         return match.end()
@@ -219,13 +219,14 @@ class _Scanner:
         return bracket + 1 if bracket >= 0 else len(self.source)
 
     def _find(self, closing: str, at: int) -> int:
-        """Where `closing` is; each is searched for in vain only once."""
+        """Where `closing` is, in any case; each is searched for in vain only once."""
+        closing = closing.lower()
         if closing in self.endless:
             return -1
-        end = self.source.find(closing, at)
-        if end < 0:
+        match = re.compile(closing, re.IGNORECASE).search(self.source, at)
+        if match is None:
             self.endless.add(closing)
-        return end
+        return match.start() if match else -1
 
 
 def _variant(content: str) -> str:
@@ -244,13 +245,13 @@ def _lines(text: str) -> str:
     sections."""
     text = _SWITCH.sub(lambda match: "" if match[0].isupper() else match[0], text)
     text = _EMPTY.sub(lambda match: "" if match[2] else match[1], text).replace(_GONE, "")
-    text = html.unescape(text).replace("\xa0", " ")
+    text = unescape(text).replace("\xa0", " ")
     lines: list[str] = []
     headings: list[tuple[int, str]] = []
     for line in text.splitlines():
-        if match := _HEADING.match(line):
+        if match := _HEADING.fullmatch(line.strip(" \t")):
             level = len(match[1])
-            headings = [h for h in headings if h[0] < level] + [(level, match[2])]
+            headings = [h for h in headings if h[0] < level] + [(level, match[2].strip(" \t"))]
             continue
         marks = _LIST.match(line)
         if line.startswith(_CODE):
