@@ -90,8 +90,6 @@ def as_user_error(
     """Errors of these kinds become the user's: `what`, a colon, and what they show."""
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
         raise UserError(f"{what}: {show(error)}") from error
 

@@ -79,7 +79,6 @@ def test_a_model_that_ends_its_process_is_refused_in_one_sentence(
         os._exit(3) if how == "exit" else signal.raise_signal(signal.SIGSEGV)
 
     monkeypatch.setitem(sys.modules, "fasttext", SimpleNamespace(load_model=load))
-    monkeypatch.setattr(language, "find_spec", lambda name: name)
     (tmp_path / "lid.bin").write_bytes(b"damaged")
     told = {"crash": "SIGSEGV", "exit": "code 3"}[how]
     with pytest.raises(UserError, match=f"lid.bin cannot be loaded: the process .*{told}"):
