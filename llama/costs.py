@@ -271,7 +271,8 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     # where blocks stay, only the first micro-batch gathers any, and no gradients are there then
     before = 0 if at.reshard or not at.accumulates else there or 4 * share
     if not at.reshard:
-        held = stay + max(0, at.prefetch * arrives - before)
+        # the buffers of the last block and of the one before, which goes when this one is copied
+        held = stay + max(0, 2 * arrives - before)
         phase("last block, forward pass", there, kept[L - 1], held, e * d * tokens // t)
     loss_holds = stay + max(0, arrives - before)
     phase("loss", there, kept[L] + last, loss_holds, in_loss)
