@@ -289,8 +289,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         name = f"block {i + 1}, backward pass"
         held = ahead + e * copies * block + output + 4 * copies * follows * block
         phase(name, done + waiting + waits * 4 * block, kept[i], held, fresh * head + inside)
-        # weights of one process are not given up before
-        held = ahead + e * copies * (n == 1) * block + output + 4 * copies * block
+        # weights of one process are not given up before, nor those that stay for another pass
+        stays = n == 1 or (at.accumulates and not at.reshard and not waits)
+        held = ahead + e * copies * stays * block + output + 4 * copies * block
         reduced = fresh * head + e * (not waits) * block + e * tokens * d // t
         phase(f"block {i + 1}, reduction", done + waiting, kept[i], held, reduced)
     # in one process these are cast beside the embedding's own
