@@ -327,8 +327,6 @@ def loop(state: State, watch: Watch) -> None:
         if state.step % cfg.checkpoint.every == 0:
             watch.beat("saving")
             with clock.paused():
-                if log:
-                    log.sync()
                 saved = state.step if save(state, wait=False) else saved
     watch.beat("saving")
     state.saver.finish()
@@ -340,7 +338,7 @@ def loop(state: State, watch: Watch) -> None:
     watch.beat("ending")
     reader.close()
     if log:
-        log.sync()
+        log.close()
 
 
 def rows_of(state: State, number: int) -> tuple[int, int]:

@@ -194,7 +194,7 @@ def test_a_row_of_millions_of_bytes_in_small_chunks_takes_linear_time(
 ) -> None:
     def seconds(n: int) -> float:
         folder = tmp_path / str(n) / "a.stackexchange.com"
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         body = base64.b64encode(rng.randbytes(n))
         row = b'<row Id="1" PostTypeId="1" Body="' + body + b'" />'
         (folder / "Posts.xml.gz").write_bytes(gzip.compress(row, 1))
@@ -204,8 +204,8 @@ def test_a_row_of_millions_of_bytes_in_small_chunks_takes_linear_time(
         assert isinstance(found, Document) and body.decode() in found.text
         return time.process_time() - start
 
-    small = seconds(1_000_000)
-    assert seconds(4_000_000) < 8 * small + 0.2
+    small = min(seconds(1_000_000) for _ in range(3))
+    assert min(seconds(4_000_000) for _ in range(3)) < 8 * small
 
 
 @pytest.mark.parametrize(

@@ -359,10 +359,10 @@ def test_an_unreachable_server_means_offline_at_once(tmp_path: Path, monkeypatch
     monkeypatch.setattr(type(wandb.api), "api_key", "k" * 40, raising=False)
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(metrics, "_answers", lambda url, real=metrics._answers: real(address))
-    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).sync()
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
     server.shutdown()
     server.server_close()
-    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).sync()
+    metrics.Metrics(tmp_path, LogConfig(wandb="online"), 0, {}).close()
     assert asked == ["online", "offline"]
     assert capsys.readouterr().out.count("does not answer: logging offline") == 1
 

@@ -47,12 +47,12 @@ def test_rows_behind_the_resumed_step_and_torn_rows_are_dropped(tmp_path: Path) 
     log = metrics.Metrics(tmp_path, LogConfig(), 0, {})
     for step in (1, 2, 3):
         log.row(step, {**ROW, "mfu_palm": None})
-    log.sync()
+    log.close()
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 4, "lo')
     again = metrics.Metrics(tmp_path, LogConfig(), 2, {})
     again.row(3, {"loss": 1.0})
-    again.sync()
+    again.close()
     rows = read_rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2] == {"step": 3, "loss": 1.0} and "mfu_palm" not in rows[0]
@@ -65,7 +65,7 @@ def test_a_full_disk_is_said_once_and_costs_no_row(tmp_path: Path, capsys) -> No
     there, log.path = log.path, Path("/dev/full")
     log.row(1, ROW)
     log.row(2, ROW)
-    log.sync()
+    log.close()
     assert capsys.readouterr().out.count("cannot be written: No space left on device") == 1
     log.path = there
     log.row(3, ROW)
@@ -94,7 +94,7 @@ log = metrics.Metrics(Path(sys.argv[1]), LogConfig(wandb="offline"), 0, {"seed":
 assert len(log._sinks) == 1
 for branch, step in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (1, 4)):
     log.row(step, {"branch": branch, "loss": 2.6})
-log.sync()
+log.close()
 """
 
 
@@ -152,7 +152,7 @@ def test_an_unreachable_or_broken_logger_does_not_stop_a_run(
     log._sinks.append(dying)
     log.row(2, ROW)
     log.row(3, ROW)
-    log.sync()
+    log.close()
     told = capsys.readouterr().out
     assert "wandb cannot start (timed out)" in told and told.count("gone") == 1
     assert [row["step"] for row in read_rows(tmp_path)] == [1, 2, 3]
@@ -191,7 +191,7 @@ def test_tensorboard_gets_the_rows(tmp_path: Path) -> None:
     log = metrics.Metrics(tmp_path, LogConfig(tensorboard=True), 0, {})
     for step in (1, 2):
         log.row(step, {**ROW, "loss": 3.0 - step})
-    log.sync()
+    log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("loss")] == [2.0, 1.0]

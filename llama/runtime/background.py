@@ -18,7 +18,7 @@ import torch
 from llama import faults
 from llama.cli import UserError, show_seconds
 from llama.config import CheckpointConfig
-from llama.runtime import checkpoint, folder, signals
+from llama.runtime import checkpoint, folder, metrics, signals
 from llama.runtime.world import World
 
 # Then something is wrong that does not pass by itself, and every further step could be lost.
@@ -99,6 +99,8 @@ class Saver:
                 torch.cuda.set_device(world.device)  # a thread begins on the first one
             if self._copied:
                 self._copied.synchronize()
+            if world.leads:
+                metrics.sync(run)  # a checkpoint never outlives the rows before it
             self.problem = work()
         except Exception as error:
             self.problem = f"{type(error).__name__}: {error}"

@@ -54,18 +54,23 @@ class Metrics:
                 self._sinks.remove(sink)
         self._number += 1
 
-    def _write(self, durable: bool = False) -> None:
+    def _write(self) -> None:
         """Append what is not in the file yet, by a new handle: an old one may be stale."""
         with open(self.path, "ab", buffering=0) as file:
             while self._rows:
                 self._rows = self._rows[file.write(self._rows) :]
-            if durable:
-                os.fsync(file.fileno())
 
-    def sync(self) -> None:
-        """Make the rows durable: they outlive a power cut."""
+    def close(self) -> None:
+        """Write what a full disk has kept waiting, and make the rows durable."""
         with suppress(OSError):
-            self._write(durable=True)
+            self._write()
+        sync(self.path.parent)
+
+
+def sync(run: Path) -> None:
+    """Make the rows that are written durable, from a thread that no step waits for."""
+    with suppress(OSError), open(run / "metrics.jsonl", "rb") as file:
+        os.fsync(file.fileno())
 
 
 class Clock:
