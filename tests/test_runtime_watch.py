@@ -151,9 +151,9 @@ def test_a_row_made_up_for_is_written_once(place: Path, whole: Run) -> None:
 
 
 def caught(pid: int) -> bool:
-    """Whether a process has set its own handler of SIGUSR1."""
+    """Whether a process has set its own handlers: that of SIGTSTP is the last."""
     mask = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
-    return bool(mask and int(mask[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+    return bool(mask and int(mask[1], 16) >> (signal.SIGTSTP - 1) & 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
