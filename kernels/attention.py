@@ -5,7 +5,7 @@ share one key/value head; attention stays inside documents where their ids are g
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from importlib import import_module, metadata
 
 import torch
@@ -170,11 +170,29 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if causal and q.device.type == "cpu" and attention_cpu.worth_blocks(n_queries):
         out = attention_cpu.causal_attention(q, k, v)
+    elif grouped and q.is_cuda and _groups_by_formula(q, mask):
+        out = _head_by_head(q, k, v, mask, causal)
     else:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )
     return out.transpose(1, 2)  # (B, T, H, D)
+
+
+def _head_by_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """sdpa of (B, H, T, D) over (B, K, S, D): the first head of every group, then the second ..."""
+    heads = q.unflatten(1, (k.shape[1], -1)).unbind(2)  # each (B, K, T, D)
+    attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal)
+    return torch.stack([attend(head, k, v) for head in heads], dim=2).flatten(1, 2)
+
+
+def _groups_by_formula(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether sdpa has no kernel for grouped heads here, and would hold all of the T x S scores.
+
+    FlashAttention takes groups, but neither masks nor float32; cuDNN, from Hopper on, takes masks.
+    """
+    masked = mask is not None and torch.cuda.get_device_capability(q.device) < (9, 0)
+    return masked or q.dtype not in HALF
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str) -> None:

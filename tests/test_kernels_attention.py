@@ -46,6 +46,25 @@ def test_sdpa_equals_the_reference(documents: str, shape: tuple[int, ...], D: in
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("half", [True, False])
+def test_grouped_heads_never_fall_to_the_formula_on_gpus(
+    half: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sdpa has a kernel for, by chip, and the way around it where there is none."""
+    q, mask = torch.empty(1, dtype=torch.bfloat16 if half else torch.float32), torch.ones(1)
+    for chip, formula in {(8, 0): masked or not half, (9, 0): not half}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, chip=chip: chip)
+        assert kernel._groups_by_formula(q, mask if masked else None) == formula
+    q, k, v = torch.randn(2, 6, 8, 4), torch.randn(2, 2, 8, 4), torch.randn(2, 2, 8, 4)
+    seen = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    seen[..., 3:, :3] = ~torch.tensor(masked)
+    out = kernel._head_by_head(q, k, v, seen if masked else None, not masked)
+    whole = (x.repeat_interleave(3, dim=1) for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, *whole, attn_mask=seen)
+    assert (out - expected).abs().max() < 1e-6
+
+
 def test_a_later_token_and_another_document_are_never_seen() -> None:
     q, k, v = torch.randn(3, 1, 20, 2, 16)
     doc_ids = (torch.arange(20) >= 12).long()[None]

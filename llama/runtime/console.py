@@ -92,7 +92,8 @@ def log_row(state: State, measured: Step, clock: metrics.Clock, waited_s: float)
         "eta_s": (state.order.tokens(state.steps) - state.tokens) / rate,
     }
     row["spikes"], row["skipped_steps"], _ = map(int, state.guard.counts.tolist())
-    fixed_s = 1e12 / matmul_flops(here.device, state.dtype) if here.device.type == "cuda" else None
+    compared = here.device.type == "cuda" and here.size > 1
+    fixed_s = 1e12 / matmul_flops(here.device, state.dtype) if compared else None
     row |= stragglers.compare(state.pace, here, fixed_s)
     for name, (loss_sum, tokens) in zip(state.order.names, state.window.tolist(), strict=True):
         if tokens:
