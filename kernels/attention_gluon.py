@@ -260,8 +260,8 @@ def forward(
     plain = run.tiles((M.value, N.value), q, k, v)
     tiles = [TensorDescriptor(x.base, x.shape, x.strides, x.block_shape, TILE) for x in plain]
     run.start(
-        _forward, (run.B * run.H, triton.cdiv(run.T, 2 * M.value)), q,
-        *tiles, out, rest, launch.strides_of(q, k, v, out), lse, run.borders(lse)[0], lse.shape[2],
+        _forward, (run.B * run.H, triton.cdiv(run.T, 2 * M.value)), *tiles, out, rest,
+        launch.strides_of(q, k, v, out), lse, run.borders(lse)[0], lse.shape[2],
         run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None, REST=keep, D=run.D,
         num_warps=4,
     )  # fmt: skip

@@ -137,7 +137,7 @@ class Run:
 
     def __init__(self, q: Tensor, k: Tensor, docs: Tensor | None) -> None:
         (self.B, self.T, self.H, self.D), (self.S, self.K) = q.shape, k.shape[1:3]
-        self.docs, self.arch, self.itemsize = docs, arch_of(q), q.element_size()
+        self.q, self.docs, self.arch, self.itemsize = q, docs, arch_of(q), q.element_size()
         self.width = max(64 if self.itemsize == 4 else 32, triton.next_power_of_2(self.D))
         self.group, self.root = self.H // self.K, 1 / math.sqrt(self.D)
         self.scale = self.root / math.log(2)
@@ -150,22 +150,17 @@ class Run:
     ) -> None:
         if tile.N:
             constants["N"] = tile.N
-        first = arguments[0].base if self.arch == 90 else arguments[0]
-        self.start(
-            kernel, grid, first, *arguments, **constants, M=tile.M, D=self.width,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        self.start(kernel, grid, *arguments, **constants, M=tile.M, D=self.width)
 
-    def start(
-        self, kernel: Any, grid: tuple[int, int], on: Tensor, *arguments: Any, **constants: Any
-    ) -> None:
-        """Launch on the device of `on`: Triton takes the current one."""
+    def start(self, kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+        """Launch on the device of q: Triton takes the current one."""
         import torch
 
         if 0 not in grid:
-            with torch.cuda.device_of(on):
+            with torch.cuda.device_of(self.q):
                 # chips that came after Hopper make descriptors of pointers in memory
-                triton.set_allocator(lambda size, *_: on.new_empty(size, dtype=torch.int8))
+                triton.set_allocator(lambda size, *_: self.q.new_empty(size, dtype=torch.int8))
                 kernel[grid](*arguments, **constants)
 
     def rest(self, out: Tensor, keep: bool) -> Tensor:

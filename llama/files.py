@@ -107,14 +107,14 @@ def retried(action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_file(path: str | Path) -> Iterator[IO[Any]]:
     """Open a part file that becomes `path` when the block ends, and vanishes if it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # machines that share a disk may have threads of one number
     part = path.with_name(f"{path.name}.part-{platform.node()}-{threading.get_native_id()}")
     try:
-        with open(part, mode) as file:
+        with open(part, "wb") as file:
             faults.point("file.opened", name=path.name)
             yield file
             file.flush()

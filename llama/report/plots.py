@@ -37,11 +37,12 @@ def draw(runs: Sequence[Run]) -> dict[str, Picture]:
     """Every picture that has something to show, by name, in the order of the page."""
     # own settings, whatever the user's are
     with matplotlib.style.context(["default", STYLE]):
-        makers = (_loss, _sources, _optimizer, _speed, _mixture)
-        found = [(make.__name__.lstrip("_"), *make(runs)) for make in makers]
+        makers = {"loss": _loss, "sources": _sources, "optimizer": _optimizer}
+        makers |= {"speed": _speed, "mixture": _mixture}
+        drawn = {name: make(runs) for name, make in makers.items()}
         return {
             name: Picture.drawn(figure, title, caption)
-            for name, title, caption, figure in found
+            for name, (title, caption, figure) in drawn.items()
             if figure
         }
 
