@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels import attention_launch as launch
+from kernels.launch import compilation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 M: gl.constexpr = gl.constexpr(64)
 N: gl.constexpr = gl.constexpr(128)
 STAGES: gl.constexpr = gl.constexpr(2)
-# rows of q, k and v in a tile, and how tiles of 2-byte elements lie in shared memory
-HEIGHTS = (M.value, N.value, N.value)
+# how tiles of 2-byte elements lie in shared memory
 TILE = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 
@@ -86,11 +86,10 @@ def _softmax(s, top, total, rows, starts, first_key, scale, MASK: gl.constexpr, 
 
 
 @gluon.jit
-def _blocks(
-    i, begin, end, end_block, acc, p, top, total, q, tiles, barriers, rows, starts, scale,
-    MASK: gl.constexpr, DOCS: gl.constexpr,
-):  # fmt: skip
+def _blocks(begin, end, state, given, MASK: gl.constexpr, DOCS: gl.constexpr):
     """Blocks end - 1 down to begin: scores of each beside the product of the one before."""
+    i, acc, p, top, total = state
+    end_block, q, tiles, barriers, rows, starts, scale = given
     _, k_tiles, v_tiles = tiles
     _, k_ready, k_free, v_ready, v_free = barriers
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -181,20 +180,13 @@ def _consume(
     p = gl.convert_layout(weights.to(q.dtype), p_layout)
     acc = gl.zeros([M, D], gl.float32, acc_layout)
     above = gl.maximum(gl.minimum(diagonal, end_block - 1), middle)
-    i = 1
-    i, acc, p, top, total = _blocks(
-        i, above, end_block - 1, end_block, acc, p, top, total, q, tiles, barriers, rows, starts,
-        scale, True, DOCS,
-    )  # fmt: skip
-    i, acc, p, top, total = _blocks(
-        i, middle, above, end_block, acc, p, top, total, q, tiles, barriers, rows, starts,
-        scale, False, DOCS,
-    )  # fmt: skip
+    given = (end_block, q, tiles, barriers, rows, starts, scale)
+    state = (1, acc, p, top, total)
+    state = _blocks(above, end_block - 1, state, given, True, DOCS)
+    state = _blocks(middle, above, state, given, False, DOCS)
     if DOCS:
-        i, acc, p, top, total = _blocks(
-            i, begin_block, middle, end_block, acc, p, top, total, q, tiles, barriers, rows, starts,
-            scale, True, DOCS,
-        )  # fmt: skip
+        state = _blocks(begin_block, middle, state, given, True, DOCS)
+    i, acc, p, top, total = state
     before = i - 1
     mbarrier.wait(v_ready.index(before % STAGES), (before // STAGES) & 1)
     acc = hopper.warpgroup_mma(p, tiles[2].index(before % STAGES), acc)
@@ -265,11 +257,11 @@ def forward(
     q, k, v = run.movable(q), run.movable(k), run.movable(v)
     out, lse = q.new_empty(q.shape), run.statistics(q, math.inf)
     rest = run.rest(out, keep)
-    plain = [run.tiles_of(x, n) for x, n in zip((q, k, v), HEIGHTS, strict=True)]
+    plain = run.tiles((M.value, N.value), q, k, v)
     tiles = [TensorDescriptor(x.base, x.shape, x.strides, x.block_shape, TILE) for x in plain]
     run.start(
-        _forward, (run.B * run.H, triton.cdiv(run.T, 2 * M.value)), q,
-        *tiles, out, rest, launch.strides_of(q, k, v, out), lse, run.first_keys(lse), lse.shape[2],
+        _forward, (run.B * run.H, triton.cdiv(run.T, 2 * M.value)), *tiles, out, rest,
+        launch.strides_of(q, k, v, out), lse, run.borders(lse)[0], lse.shape[2],
         run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None, REST=keep, D=run.D,
         num_warps=4,
     )  # fmt: skip
@@ -283,21 +275,16 @@ def gate(arch: int) -> Iterator[dict[str, Any]]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     for D in (64, 128):
-        tiles = zip("qkv", HEIGHTS, strict=True)
-        types: dict[str, Any] = {x: f"tensordesc<bf16[{n}, {D}],{TILE!r}>" for x, n in tiles}
+        heights = {"q": M.value, "k": N.value, "v": N.value}
+        types: dict[str, Any] = {
+            x: f"tensordesc<bf16[{n}, {D}],{TILE!r}>" for x, n in heights.items()
+        }
         types |= {"out": "*bf16:16", "rest": "*i8:16", "lse": "*fp32:16", "docs": "*i32:16"}
         types["scale"] = "fp32"
         types |= dict.fromkeys(("TP", "T", "S", "H"), "i32:16") | {"group": "i32"}
         types["strides"] = (("i32:16",) * 3,) * 4
         for docs in (False, True):
-            yield {
-                "name": f"gluon forward bf16 D {D}{' documents' * docs}",
-                "kernel": _forward,
-                "signature": {x: types[x] for x in _forward.arg_names if x in types},
-                "constants": {"DOCS": docs, "REST": True, "D": D},
-                "warps": 4,
-                "stages": 1,
-                "products": True,
-                "spills": False,
-                "source": GluonASTSource,
-            }
+            name = f"gluon forward bf16 D {D}{' documents' * docs}"
+            constants = {"DOCS": docs, "REST": True, "D": D}
+            own = {"products": True, "source": GluonASTSource}
+            yield compilation(_forward, name, types, constants, 4, 1, **own)

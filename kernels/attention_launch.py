@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import attention_triton as kernels
-from kernels.launch import STATISTICS_ROWS, empty32
+from kernels.launch import STATISTICS_ROWS, compilation, empty32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,11 +75,11 @@ def forward(
     out, lse = q.new_empty(q.shape), run.statistics(q, math.inf, wide=True)
     rest = run.rest(out, keep)
     tile = run.tile("forward")
-    tensors = run.tiles_of(q, tile.M), run.tiles_of(k, tile.N), run.tiles_of(v, tile.N), out
     run.launch(
         kernels._forward, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
-        *tensors, rest, strides_of(q, k, v, out, out), lse, run.first_keys(lse), lse.shape[2],
-        run.T, run.S, run.H, run.group, run.scale, DOCS=docs is not None, REST=rest.numel() > 0,
+        *run.tiles(tile, q, k, v), out, rest, strides_of(q, k, v, out, out), lse,
+        run.borders(lse)[0], lse.shape[2], run.T, run.S, run.H, run.group, run.scale,
+        DOCS=docs is not None, REST=rest.numel() > 0,
     )  # fmt: skip
     return run.cut(out), run.cut(rest), lse
 
@@ -111,28 +111,21 @@ def backward(
     if not fused:
         # before the others, as in float32 it makes δ
         tile = run.tile("dq")
-        tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
         run.launch(
             kernels._dq, (run.B * run.H, triton.cdiv(run.T, tile.M)), tile,
-            *tensors, dq, strides_of(q, k, v, grad, dq), lse, delta, run.first_keys(lse),
-            lse.shape[2], run.T, run.S, run.H, run.group, run.scale, run.root,
+            *run.tiles(tile, q, k, v, grad), dq, strides_of(q, k, v, grad, dq), lse, delta,
+            run.borders(lse)[0], lse.shape[2], run.T, run.S, run.H, run.group, run.scale, run.root,
             DOCS=docs is not None, EXACT=exact,
         )  # fmt: skip
     tile = run.tile("fused" if fused else "dkdv")
-    tensors = [run.tiles_of(x, n) for x, n in zip((q, k, v, grad), _heights(tile), strict=True)]
     run.launch(
         kernels._dkdv, (run.B * run.K, triton.cdiv(run.S, tile.N)), tile,
-        *tensors, dk, dv, run.tiles_of(dq, tile.M) if fused else dq,
+        *run.tiles(tile, q, k, v, grad), dk, dv, run.tiles_of(dq, tile.M) if fused else dq,
         strides_of(q, k, v, grad, dk, dv, dq), run.rows_of(lse, tile.M), run.rows_of(delta, tile.M),
-        run.first_keys(lse), run.last_queries(lse), lse.shape[2], run.T, run.S, run.K, run.group,
+        *run.borders(lse), lse.shape[2], run.T, run.S, run.K, run.group,
         run.scale, run.root, DOCS=docs is not None, FUSED=fused,
     )  # fmt: skip
     return run.cut(dq.to(q.dtype)), run.cut(dk), run.cut(dv)
-
-
-def _heights(tile: Tile) -> tuple[int, int, int, int]:
-    """Rows of the tiles of q, k, v and the gradient."""
-    return tile.M, tile.N, tile.N, tile.M
 
 
 def strides_of(*tensors: Tensor) -> tuple[tuple[int, int, int], ...]:
@@ -144,7 +137,7 @@ class Run:
 
     def __init__(self, q: Tensor, k: Tensor, docs: Tensor | None) -> None:
         (self.B, self.T, self.H, self.D), (self.S, self.K) = q.shape, k.shape[1:3]
-        self.docs, self.arch, self.itemsize = docs, arch_of(q), q.element_size()
+        self.q, self.docs, self.arch, self.itemsize = q, docs, arch_of(q), q.element_size()
         self.width = max(64 if self.itemsize == 4 else 32, triton.next_power_of_2(self.D))
         self.group, self.root = self.H // self.K, 1 / math.sqrt(self.D)
         self.scale = self.root / math.log(2)
@@ -157,22 +150,17 @@ class Run:
     ) -> None:
         if tile.N:
             constants["N"] = tile.N
-        first = arguments[0].base if self.arch == 90 else arguments[0]
-        self.start(
-            kernel, grid, first, *arguments, **constants, M=tile.M, D=self.width,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        constants |= {"num_warps": tile.warps, "num_stages": tile.stages}
+        self.start(kernel, grid, *arguments, **constants, M=tile.M, D=self.width)
 
-    def start(
-        self, kernel: Any, grid: tuple[int, int], on: Tensor, *arguments: Any, **constants: Any
-    ) -> None:
-        """Launch on the device of `on`: Triton takes the current one."""
+    def start(self, kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+        """Launch on the device of q: Triton takes the current one."""
         import torch
 
         if 0 not in grid:
-            with torch.cuda.device_of(on):
+            with torch.cuda.device_of(self.q):
                 # chips that came after Hopper make descriptors of pointers in memory
-                triton.set_allocator(lambda size, *_: on.new_empty(size, dtype=torch.int8))
+                triton.set_allocator(lambda size, *_: self.q.new_empty(size, dtype=torch.int8))
                 kernel[grid](*arguments, **constants)
 
     def rest(self, out: Tensor, keep: bool) -> Tensor:
@@ -224,6 +212,11 @@ class Run:
         columns = D if h % t == 0 else (H - 1) * h + D
         return TensorDescriptor(x, [last // t + T, columns], [t, 1], [rows, D])
 
+    def tiles(self, tile: Sequence[int], *tensors: Tensor) -> list[Any]:
+        """q, k, v and the gradient, or the first of them, in tiles as high as M or N of `tile`."""
+        M, N = tile[:2]
+        return [self.tiles_of(x, n) for x, n in zip(tensors, (M, N, N, M), strict=False)]
+
     def rows_of(self, x: Tensor, columns: int) -> Any:
         """(B, H, padded T) as a kernel takes what it reads in rows: see `_row`."""
         if self.arch != 90 or self.itemsize == 4:
@@ -231,11 +224,9 @@ class Run:
         x = x.flatten(0, 1)
         return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, columns])
 
-    def first_keys(self, unused: Tensor) -> Tensor:
-        return unused if self.docs is None else self.docs[0]
-
-    def last_queries(self, unused: Tensor) -> Tensor:
-        return unused if self.docs is None else self.docs[1]
+    def borders(self, unused: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last positions of documents; something else where there are none."""
+        return (unused, unused) if self.docs is None else (self.docs[0], self.docs[1])
 
 
 # -- what the compile gate compiles ----------------------------------------------------------------
@@ -256,53 +247,34 @@ def gate(arch: int) -> Iterator[dict[str, Any]]:
                     found = tile(arch, itemsize, int(width), kernel, docs)
                     assert found is not None
                     options = {"products": kind == "half", "spills": not fast}
-                    yield _case(arch, itemsize, int(width), kernel, docs, found) | options
+                    yield _case(arch, itemsize, int(width), kernel, docs, found, **options)
 
 
 def _case(
-    arch: int, itemsize: int, width: int, kernel: str, docs: bool, tile: Tile
+    arch: int, itemsize: int, width: int, kernel: str, docs: bool, tile: Tile, **expected: bool
 ) -> dict[str, Any]:
-    element = "fp32" if itemsize == 4 else "bf16"
-    # the fused kernel adds its dq, in float32; the others write theirs
+    element, fused = "fp32" if itemsize == 4 else "bf16", kernel == "fused"
+    function = kernels._dkdv if fused else getattr(kernels, f"_{kernel}")
     read = {"q": tile.M, "k": tile.N, "v": tile.N, "grad": tile.M}
-    function, written = {
-        "delta": (kernels._delta, ("out", "rest")),
-        "forward": (kernels._forward, ("out", "rest")),
-        "dq": (kernels._dq, ("dq",)),
-        "dkdv": (kernels._dkdv, ("dk", "dv", "dq")),
-        "fused": (kernels._dkdv, ("dk", "dv")),
-    }[kernel]
-    types: dict[str, Any] = dict.fromkeys(written, f"*{element}:16") | {"rest": "*i8:16"}
+    tensors = (*read, "out", "rest", "dq", "dk", "dv")
+    types: dict[str, Any] = dict.fromkeys(tensors, f"*{element}:16") | {"rest": "*i8:16"}
     types |= {"lse": "*fp64:16" if itemsize == 4 else "*fp32:16", "delta": "*fp32:16"}
-    types |= {name: f"*{element}:16" for name in read} | {"dq": types.get("dq", "*fp32:16")}
+    if fused:
+        # it adds its dq; the others write theirs
+        types["dq"] = "*fp32:16"
     if arch == 90:
         types |= {x: f"tensordesc<{element}[{n}, {width}]>" for x, n in read.items()}
         if kernel == "delta":
             types["out"] = types["grad"]
         if kernel in ("dkdv", "fused") and itemsize == 2:
             types |= {x: f"tensordesc<fp32[1, {tile.M}]>" for x in ("lse", "delta")}
-        if kernel == "fused":
+        if fused:
             types["dq"] = f"tensordesc<fp32[{tile.M}, {width}]>"
     types |= dict.fromkeys(("docs", "ends"), "*i32:16") | {"group": "i32"}
     types |= dict.fromkeys(("TP", "T", "S", "H", "K"), "i32:16")
     types |= dict.fromkeys(("scale", "root"), "fp32")
-    tensors = sum(
-        name in ("q", "k", "v", "grad", "out", "rest", "dq", "dk", "dv")
-        for name in function.arg_names
-    )
-    types["strides"] = (("i32:16",) * 3,) * tensors
+    types["strides"] = (("i32:16",) * 3,) * len(set(tensors) & set(function.arg_names))
     constants: dict[str, Any] = {"DOCS": docs, "REST": itemsize == 2, "EXACT": itemsize == 4}
-    constants |= {"M": tile.M, "N": tile.N, "D": width}
-    if function is kernels._dkdv:
-        constants["FUSED"] = kernel == "fused"
-    constants = {x: size for x, size in constants.items() if x in function.arg_names}
-    return {
-        "name": f"{kernel} {element} D {width}{' documents' * docs}",
-        "kernel": function,
-        "signature": {x: types[x] for x in function.arg_names if x not in constants},
-        "constants": constants,
-        "warps": tile.warps,
-        "stages": tile.stages,
-        "products": False,
-        "spills": False,
-    }
+    constants |= {"FUSED": fused, "M": tile.M, "N": tile.N, "D": width}
+    name = f"{kernel} {element} D {width}{' documents' * docs}"
+    return compilation(function, name, types, constants, tile.warps, tile.stages, **expected)

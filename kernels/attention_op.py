@@ -44,9 +44,8 @@ def attention(
 
 @attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, keep: bool, gluon: bool,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, docs: Tensor | None, keep: bool, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, H, _ = q.shape
     rows = (T + STATISTICS_ROWS - 1) // STATISTICS_ROWS * STATISTICS_ROWS
     wide = torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -66,10 +65,7 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, rest: Tensor, lse: Tensor,
-    docs: Tensor | None, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

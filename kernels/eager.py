@@ -35,15 +35,9 @@ def rms_norm_backward(
     grad32, x32, weight32 = (t.to(scale.dtype) for t in (grad, x, weight))
     # LayerNorm's backward pass is one kernel. With a mean of 0 it is that of RMSNorm, but for the
     # gradient through the mean, which it has taken away from grad_x.
+    mean, wanted = torch.zeros_like(scale), (True, True, False)
     grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-        grad32.contiguous(),
-        x32,
-        weight.shape,
-        torch.zeros_like(scale),
-        scale,
-        weight32,
-        None,
-        (True, True, False),
+        grad32.contiguous(), x32, weight.shape, mean, scale, weight32, None, wanted
     )
     through_mean = (grad32 @ weight32 / x.shape[-1]).unsqueeze(-1) * scale
     return grad_x.add_(through_mean).to(x.dtype), grad_weight.to(weight.dtype)

@@ -48,22 +48,25 @@ def n_processors(x: Tensor) -> int:
 def case(
     kernel: Any, name: str, dtype: str, types: dict[str, str], /, num_warps: int, **constants: Any
 ) -> dict[str, Any]:
-    """A launch as check.py compiles it: every `*_ptr` points to `dtype`, the rest are sizes.
+    """A launch whose pointers, `*_ptr`, are to `dtype` and whose other arguments are sizes.
 
-    `types` are those of the other arguments; `:16` stands for a multiple of 16.
+    `types` are those of the exceptions; see `compilation`.
     """
-    signature = {
-        argument: types.get(argument, f"*{dtype}:16" if argument.endswith("_ptr") else "i32:16")
-        for argument in kernel.arg_names
-        if argument not in constants
-    }
-    return {
-        "name": " ".join((kernel.__name__, dtype, name)).strip(),
-        "kernel": kernel,
-        "signature": signature,
-        "constants": constants,
-        "warps": num_warps,
-        "stages": 3,
-        "products": False,
-        "spills": False,
-    }
+    usual = {x: f"*{dtype}:16" if x.endswith("_ptr") else "i32:16" for x in kernel.arg_names}
+    name = " ".join((kernel.__name__, dtype, name)).strip()
+    return compilation(kernel, name, usual | types, constants, num_warps, 3)
+
+
+def compilation(
+    kernel: Any, name: str, types: dict[str, Any], constants: dict[str, Any], warps: int,
+    stages: int, **expected: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A launch as check.py compiles it, of the types and constants that the kernel takes.
+
+    `:16` behind a type stands for a multiple of 16. `expected` says what the gate lets pass.
+    """
+    constants = {x: constants[x] for x in kernel.arg_names if x in constants}
+    signature = {x: types[x] for x in kernel.arg_names if x not in constants}
+    given = {"name": name, "kernel": kernel, "signature": signature, "constants": constants}
+    given |= {"warps": warps, "stages": stages, "products": False, "spills": False}
+    return given | expected

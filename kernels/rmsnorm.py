@@ -81,7 +81,7 @@ def rms_norm_backward_kernel(
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y (..., C), and 1 / sqrt(mean(x²) + eps) of every row (..., 1) for the backward pass."""
-    y, _, scale = _forward(x, None, weight, eps)
+    y, _, scale = add_rms_norm_forward(x, None, weight, eps)
     return y, scale
 
 
@@ -89,26 +89,13 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight (C,)."""
-    return _backward(grad, None, x, weight, scale)
+    return add_rms_norm_backward(grad, None, x, weight, scale)
 
 
 def add_rms_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm of x + residual, that sum, and the scale of every row (..., 1)."""
-    return _forward(x, residual, weight, eps)
-
-
-def add_rms_norm_backward(
-    grad: Tensor, grad_total: Tensor, total: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x, which is that of the residual too, and of the weight."""
-    return _backward(grad, grad_total, total, weight, scale)
-
-
-def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x + residual, that sum, if there is one, and the scale of every row (..., 1)."""
     C, y, scale = x.shape[-1], x.new_empty(x.shape), empty32(x, *x.shape[:-1], 1)
     total = y if residual is None else x.new_empty(x.shape)
     x, added, weight = rows(x), rows(x if residual is None else residual), weight.contiguous()
@@ -119,11 +106,12 @@ def _forward(
     return y, total, scale
 
 
-def _backward(
-    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
+def add_rms_norm_backward(
+    grad: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    C, grad_x = x.shape[-1], x.new_empty(x.shape)
-    grad, x, past = rows(grad), rows(x), rows(grad if grad_total is None else grad_total)
+    """Gradients of x, which is that of the residual too, and of the weight."""
+    C, grad_x = total.shape[-1], total.new_empty(total.shape)
+    grad, x, past = rows(grad), rows(total), rows(grad if grad_total is None else grad_total)
     N, least, weight = x.shape[0], n_processors(x), weight.contiguous()
     programs = min(max(N // ROWS_PER_PROGRAM, least), PROGRAMS_PER_PROCESSOR * least, N)
     partial = empty32(x, programs, C)

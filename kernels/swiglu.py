@@ -74,22 +74,18 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up."""
-    return _backward(grad, gate, up, None)
-
-
 def swiglu_backward_with_product(
     grad: Tensor, gate: Tensor, up: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of gate and up, and silu(gate) · up again."""
     product = gate.new_empty(gate.shape)
-    return *_backward(grad, gate, up, product), product
+    return *swiglu_backward(grad, gate, up, product), product
 
 
-def _backward(
-    grad: Tensor, gate: Tensor, up: Tensor, product: Tensor | None
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, product: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; silu(gate) · up goes into `product`, if one is given."""
     F = gate.shape[-1]
     grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     grad, gate, up = rows(grad), rows(gate), rows(up)

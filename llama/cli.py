@@ -195,11 +195,8 @@ def _one_sentence(message: str, keys: Sequence[str]) -> str:
     text = re.sub(r"\s+", " ", message.replace("Parser key", "key")).strip().rstrip(".")
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"<class '(\w+)'>", r"\1", text).replace("<unicode string>:", "line ")
-    unknown = re.search(
-        r"(?:[Uu]nrecognized arguments:|does not accept option|Option)"
-        r" ['\"]?-{0,2}([\w.]+)",
-        text,
-    )
+    said = r"(?:[Uu]nrecognized arguments:|does not accept option|Option)"
+    unknown = re.search(rf"{said} ['\"]?-{{0,2}}([\w.]+)", text)
     if not unknown:
         return text
     wrong = unknown[1]

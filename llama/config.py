@@ -315,19 +315,9 @@ class Config:
 
 # Keys under which a run may be continued with other values without asking: they change neither the
 # model nor the data order nor the optimizer's path.
-FREE_KEYS = (
-    "log.",
-    "validation.",
-    "checkpoint.",
-    "guard.",
-    "parallel.",
-    "kernels.",
-    "train.micro_batch",
-    "train.compile",
-    "train.time_limit",
-    "train.step_timeout",
-    "train.save_timeout",
-    "data.path",
+FREE_KEYS = tuple(
+    "log. validation. checkpoint. guard. parallel. kernels. data.path train.micro_batch"
+    " train.compile train.time_limit train.step_timeout train.save_timeout".split()
 )
 
 

@@ -6,6 +6,7 @@ part of a truncated file without a word; the readers here fail and name the file
 """
 
 import errno
+import fcntl
 import gzip
 import hashlib
 import math
@@ -18,7 +19,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -54,13 +55,31 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fsync_folder(path: str | Path) -> None:
-    """Make renames and new names inside a folder survive a power cut."""
+def fsync(path: str | Path) -> None:
+    """Make a file's content, or renames and new names inside a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def locked(folder: Path, problem: str) -> IO[bytes]:
+    """A file that keeps a second process out of a folder, made if need be, until it is closed.
+
+    The kernel closes it when the process dies. Raises `UserError` with `problem` where one is in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # opened for writing: network file systems lock no other way
+    file = open(folder / ".lock", "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(problem) from None
+    except OSError as error:
+        # as on Lustre mounted without flock
+        print(f"WARNING: {folder} cannot be locked ({error.strerror}): start it only once")
+    return file
 
 
 def free_bytes(path: str | Path) -> int:
@@ -88,14 +107,14 @@ def retried(action: Callable[[], T]) -> T:
 
 
 @contextmanager
-def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_file(path: str | Path) -> Iterator[IO[Any]]:
     """Open a part file that becomes `path` when the block ends, and vanishes if it raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # machines that share a disk may have threads of one number
     part = path.with_name(f"{path.name}.part-{platform.node()}-{threading.get_native_id()}")
     try:
-        with open(part, mode) as file:
+        with open(part, "wb") as file:
             faults.point("file.opened", name=path.name)
             yield file
             file.flush()
@@ -107,7 +126,7 @@ def atomic_file(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -131,23 +150,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            else:
-                fsync_folder(file)
-        fsync_folder(part)
+        for each in (*sorted(part.rglob("*")), part):
+            fsync(each)
         os.rename(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
+
+
+def readable(path: str | Path) -> AbstractContextManager[None]:
+    """What the system says against reading a file is the user's error, with its name."""
+    what = f"{path} cannot be read"
+    return as_user_error(what, OSError, show=lambda error: error.strerror or str(error))
 
 
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file; a missing or broken one is the user's error with its name."""
-    with as_user_error(f"{path} cannot be read", OSError, show=lambda error: error.strerror):
+    with readable(path):
         data = Path(path).read_bytes()
     with as_user_error(f"{path} is not valid JSON", orjson.JSONDecodeError):
         return orjson.loads(data)
@@ -221,10 +241,8 @@ jsonargparse.set_loader("yaml", _strictly, (yaml.YAMLError, UserError))
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The keys of a YAML file; an unreadable file or a key given twice is a `UserError`."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with readable(path), open(path, encoding="utf-8") as file:
             value = yaml.load(file, _StrictYaml)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except UserError:
         raise
     except RecursionError as error:
@@ -244,21 +262,16 @@ def read_chunks(path: str | Path) -> Iterator[bytes]:
     Raises `UserError` with the file and the byte of the compressed input where reading stopped.
     """
     suffix = Path(path).suffix
-    try:
-        with open(path, "rb") as file:
-            if suffix not in (".zst", ".gz"):
-                while chunk := file.read(CHUNK_BYTES):
-                    yield chunk
-                return
-            try:
-                sip = ZSTD_CHUNK_BYTES if suffix == ".zst" else CHUNK_BYTES
-                yield from inflated(file, suffix, sip)
-            except (zstandard.ZstdError, zlib.error) as error:
-                raise EOFError(f"{error} before byte {file.tell()}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except EOFError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    with readable(path), as_user_error(f"{path} is damaged", EOFError), open(path, "rb") as file:
+        if suffix not in (".zst", ".gz"):
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+            return
+        try:
+            sip = ZSTD_CHUNK_BYTES if suffix == ".zst" else CHUNK_BYTES
+            yield from inflated(file, suffix, sip)
+        except (zstandard.ZstdError, zlib.error) as error:
+            raise EOFError(f"{error} before byte {file.tell()}") from error
 
 
 def inflated(file: IO[bytes], suffix: str, sip_bytes: int) -> Iterator[bytes]:

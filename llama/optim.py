@@ -85,26 +85,16 @@ def step(
     found_inf = judge(norm) if judge else 1.0 - finite.float()
     for group in groups:
         params = [p for p in group["params"] if p.grad is not None]
-        states = [optimizer.state[p] for p in params]
+        states, (beta1, beta2) = [optimizer.state[p] for p in params], group["betas"]
         # on local shards: the update is elementwise, DTensor would only add its dispatch
+        weights, grads = [local(p) for p in params], [local(p.grad) for p in params]
+        means, squares = ([local(state[name]) for state in states] for name in MOMENTS)
         adamw(
-            [local(p) for p in params],
-            [local(p.grad) for p in params],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            grad_scale=grad_scale.float(),
-            found_inf=found_inf,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=lr,
+            weights, grads, means, squares, [], [state["step"] for state in states],
+            fused=True, grad_scale=grad_scale.float(), found_inf=found_inf, amsgrad=False,
+            maximize=False, beta1=beta1, beta2=beta2, lr=lr, eps=group["eps"],
             weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        )  # fmt: skip
     return norm, found_inf
 
 

@@ -50,7 +50,7 @@ class Report:
 
     def add(self, subject: str, what: str, problem: str | None, good: str) -> bool:
         """Say it, with the first problem of any rank; all ranks call it together."""
-        found = next((text for text in self.here.gather(problem) if text), None)
+        found = self.here.first(problem)
         self.faults += found is not None
         self.here.say(f"{subject:<34} {what:<26} {f'DIFFERS: {found}' if found else good}")
         return found is None

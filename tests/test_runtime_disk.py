@@ -233,7 +233,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path: Path, here, monkeypatch, ca
     with folder.held(tmp_path, here), pytest.raises(UserError, match="being trained or verified"):
         with folder.held(tmp_path, here):
             pass
-    monkeypatch.setattr(folder.fcntl, "flock", flock)
+    monkeypatch.setattr(files.fcntl, "flock", flock)
     with folder.held(tmp_path, here):
         said = capsys.readouterr().out
     assert "cannot be locked (Function not implemented): start it only once" in said

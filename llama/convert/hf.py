@@ -53,16 +53,14 @@ def open_folder(path: Path) -> Source:
         found |= _mapped(file)
     if facts.get("tie_word_embeddings") and names.hf("tok_embeddings.weight") in found:
         found[names.hf("output.weight")] = found[names.hf("tok_embeddings.weight")]
+    context = numbers(where, facts, {"T": "max_position_embeddings"}, T=2048)["T"]
     expected = {names.hf(name): shape for name, shape in names.shapes(cfg).items()}
-    return Source(
-        path=path,
-        format="hf",
-        cfg=cfg,
-        context=numbers(where, facts, {"T": "max_position_embeddings"}, T=2048)["T"],
-        dtype=fitting(path, found, expected),
-        read=lambda name: names.neighbours(name, found[names.hf(name)], cfg),
-        tokenizers=(path,),
-    )
+    dtype = fitting(path, found, expected)
+
+    def read(name: str) -> Tensor:
+        return names.neighbours(name, found[names.hf(name)], cfg)
+
+    return Source(path, "hf", cfg, context, dtype, read, tokenizers=(path,))
 
 
 def read_config(where: Path, facts: Mapping[str, Any]) -> ModelConfig:

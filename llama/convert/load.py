@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from llama.cli import UserError, show_count
+from llama.cli import UserError, as_user_error, show_count
 from llama.convert import hf, meta, native
 from llama.convert.source import Source, fitting
 from llama.runtime import checkpoint
@@ -60,15 +60,8 @@ def load_weights(
     even that. What does not fit is the same `UserError` on every rank. Returns a line that says
     what was loaded.
     """
-    problem = None
-    try:
-        source = _opened(path, tensors, here, tokenizer_sha256)
-        if source.format != "native":
-            _fill(source, tensors)
-    except UserError as error:
-        problem = str(error)
-    if problem := next(filter(None, here.gather(problem)), None):
-        raise UserError(f"train.init_from: {problem}")
+    with as_user_error("train.init_from", UserError):
+        source = here.together(lambda: _opened(path, tensors, here, tokenizer_sha256))
     if source.format == "native":
         named = {native.PREFIX + name: tensor.detach() for name, tensor in tensors.items()}
         checkpoint.load(source.path, named, here)
@@ -79,7 +72,10 @@ def load_weights(
 def _opened(
     path: str | Path, tensors: Mapping[str, Tensor], here: World, tokenizer_sha256: str
 ) -> Source:
-    """The source, if it has these tensors and this tokenizer; ranks divide the hashing."""
+    """The source, if it has these tensors and this tokenizer; ranks divide the hashing.
+
+    All but a checkpoint of ours has filled the tensors then.
+    """
     source = open_source(path, here.rank, here.size)
     with torch.device("meta"):
         found = {name: torch.empty(shape) for name, shape in source.shapes.items()}
@@ -89,6 +85,8 @@ def _opened(
             f"{source.path} was trained with another tokenizer (sha256 "
             f"{str(source.tokenizer_sha256)[:12]}) than the data ({tokenizer_sha256[:12]})"
         )
+    if source.format != "native":
+        _fill(source, tensors)
     return source
 
 

@@ -49,15 +49,8 @@ def open_folder(path: Path) -> Source:
         # all the same, or an odd one that is refused
         return next((part for part in each if part.shape != expected), each[0])
 
-    return Source(
-        path=path,
-        format="meta",
-        cfg=cfg,
-        context=CONTEXT,
-        dtype=fitting(path, {name: read(name, "meta") for name in parts}, shapes),
-        read=read,
-        tokenizers=(path, path.parent),
-    )
+    dtype = fitting(path, {name: read(name, "meta") for name in parts}, shapes)
+    return Source(path, "meta", cfg, CONTEXT, dtype, read, tokenizers=(path, path.parent))
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -45,7 +45,7 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> Source:
     state = checkpoint.read_state(place)
     what = f"{place} does not record how it was trained"
     with as_user_error(what, KeyError, TypeError, show=repr):
-        saved, tokenizer_sha256 = state["config"], state["fingerprints"]["tokenizer"]
+        saved, sha256 = state["config"], state["fingerprints"]["tokenizer"]
         data, context = Path(saved["data"]["path"]), int(saved["data"]["seq_len"])
         cfg = model_config(place / checkpoint.STATE, **saved["model"])
     reader, kinds = _Reader(place), (OSError, pickle.UnpicklingError, AttributeError, EOFError)
@@ -64,18 +64,10 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> Source:
             dcp.load({PREFIX + name: weight}, storage_reader=reader, no_dist=True)
         return weight
 
-    return Source(
-        path=place,
-        format="native",
-        cfg=cfg,
-        context=context,
-        dtype=fitting(place, weights, names.shapes(cfg)),
-        read=read,
-        # beside the shards; where the quickstart makes it; where a converted folder has it
-        tokenizers=(data, data.parent / "tokenizer", place.parent.parent / "tokenizer"),
-        tokenizer_sha256=tokenizer_sha256,
-        state=state,
-    )
+    dtype = fitting(place, weights, names.shapes(cfg))
+    # beside the shards; where the quickstart makes it; where a converted folder has it
+    tokenizers = data, data.parent / "tokenizer", place.parent.parent / "tokenizer"
+    return Source(place, "native", cfg, context, dtype, read, tokenizers, sha256, state)
 
 
 def write(source: Source, tokenizer: Tokenizer, part: Path, final: Path) -> None:

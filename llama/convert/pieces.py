@@ -51,15 +51,9 @@ def build(tokenizer: Tokenizer) -> tuple[FastTokenizer, dict[str, str]]:
     unknown, bos, eos = (
         spec.pieces[i].piece for i in (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id)
     )
-    fast = FastTokenizer(
-        models.BPE(
-            vocabulary,
-            [(left, right) for *_, left, right in sorted(joins)],
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=spec.trainer_spec.byte_fallback,
-        )
-    )
+    merges, bytewise = [join[2:] for join in sorted(joins)], spec.trainer_spec.byte_fallback
+    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytewise)
+    fast = FastTokenizer(model)
     prefixed = tokenizer.adds_space
     spaces = [normalizers.Replace(" ", SPACE_PIECE)]
     fast.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_PIECE)] * prefixed + spaces)

@@ -5,7 +5,6 @@ most the units it had in hand, which are done again to the same bytes. One run a
 journal. Tasks on other machines leave their records beside it as answers, which it takes in.
 """
 
-import fcntl
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -48,13 +47,7 @@ def intact(path: Path, known: Record) -> bool:
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Keep a second run out of the same output; what a killed one was writing is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # opened for writing: network file systems lock no other way
-    with open(folder / ".lock", "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}") from None
+    with files.locked(folder, f"another run is writing to {folder}"):
         try:
             _sweep(folder)
             yield
@@ -132,7 +125,7 @@ class Journal:
             raise UserError(f"{self.folder} holds {found[0].name} but no journal of a corpus run")
         self._file.truncate(0)
         self._append(self.header)
-        files.fsync_folder(self.folder)
+        files.fsync(self.folder)
 
     def _append(self, value: Mapping[str, Any]) -> None:
         self._file.write(orjson.dumps(value) + b"\n")

@@ -67,7 +67,6 @@ def adopt(
         if not shards["train"]:
             raise UserError(f"{path}: its {counts['documents']} documents leave none to train on")
         for split in reversed(SPLITS):
-            (output / split).mkdir(exist_ok=True)
             writer.write_manifest(
                 output, split, vocabulary, shards[split], {"adopted": dict(counts)}
             )

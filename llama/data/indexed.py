@@ -91,12 +91,10 @@ def write_index(path: Path, dtype: Dtype, tokens: NDArray[np.int64], limit: int)
 
 def read_index(path: Path, whole: bool = True) -> Index:
     """The index; if `whole`, its numbers are checked against one another, else its size alone."""
-    try:
+    with files.readable(path):
         # mapped: to open a shard it takes only its last numbers
         size = path.stat().st_size
         data: Any = np.memmap(path, np.uint8, "r") if size else b""
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if size < HEADER.size:
         raise UserError(f"{path} ends at byte {size}, inside its header of {HEADER.size} bytes")
     magic, version, code, n, documents = HEADER.unpack_from(data)

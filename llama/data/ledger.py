@@ -63,6 +63,11 @@ class Spent(NamedTuple):
     epochs: float
     total: int  # of all sources
 
+    def shown(self) -> tuple[str, str, str, str]:
+        """Tokens, how many more than planned, their share, and epochs, as tables have them."""
+        off, share = f"{self.tokens - self.planned:+,.0f}", f"{self.tokens / self.total:.3%}"
+        return f"{self.tokens:,}", off, share, f"{self.epochs:.3f}"
+
 
 def documents_of_step(
     order: Order, sources: Mapping[str, Source], step: int, rows: int | None = None
@@ -171,17 +176,8 @@ def spent(order: Order, step: int) -> list[Spent]:
 def spent_table(order: Order, step: int, steps: int) -> str:
     """Tokens per source in the first ``step`` steps, against the weights and the whole run."""
     end = order.source_tokens(steps)
-    rows = [
-        (
-            line.source,
-            f"{line.tokens:,}",
-            f"{line.tokens - line.planned:+,.0f}",
-            f"{line.tokens / line.total:.3%}",
-            f"{line.epochs:.3f}",
-            f"{end[line.source]:,}",
-        )
-        for line in spent(order, step)
-    ]
+    sources = spent(order, step)
+    rows = [(line.source, *line.shown(), f"{end[line.source]:,}") for line in sources]
     header = ("source", "tokens", "off the plan", "share", "epochs", f"at step {steps}")
     lines = [f"{order.tokens(step):,} tokens in {step} of {steps} steps", cli.table(header, rows)]
     skipped = {name: n for name, n in order.skipped(step).items() if n}

@@ -86,11 +86,9 @@ def _with_ramp(order: Order, cfg: Config, step: int) -> Order:
 def _common(cfg: Config, sources: dict[str, Source]) -> dict[str, Any]:
     assert isinstance(cfg.data.mixture, dict)
     length = cfg.data.seq_len
-    return {
-        "seq_len": length,
-        "weights": integer_weights(cfg.data.mixture),
-        "windows": {name: source.n_windows(length) for name, source in sources.items()},
-    }
+    weights = integer_weights(cfg.data.mixture)
+    windows = {name: source.n_windows(length) for name, source in sources.items()}
+    return {"seq_len": length, "weights": weights, "windows": windows}
 
 
 def _ahead(order: Order, step: int) -> list[tuple[Any, ...]]:

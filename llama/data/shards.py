@@ -134,10 +134,8 @@ class Source:
         """The sizes that the manifest, the index and its last sequence give are one."""
         shard, path, place = self.shards[k], self.path(k), self.path(k, ".idx")
         expected = shard.tokens * self.dtype.itemsize
-        try:
+        with files.readable(path):
             size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         index = read_index(place, whole=False)
         if size != expected:
             raise UserError(

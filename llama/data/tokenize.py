@@ -202,15 +202,10 @@ def finish(source: Source, plan: Record, records: Sequence[Record], limit: float
     replaced = sum(record["replaced_chars"] for record in records)
     if replaced:
         print(f"{folder.name}: {replaced} characters U+2581 became spaces", file=sys.stderr)
-    extra = {
-        "read": read,
-        "skipped": dict(sorted(reasons.items())),
-        "replaced_chars": replaced,
-        "plan": plan,
-    }
+    skipped = dict(sorted(reasons.items()))
+    extra = {"read": read, "skipped": skipped, "replaced_chars": replaced, "plan": plan}
     for split in ("valid", "train"):
         shards = [r["shards"][split] for r in records if r["shards"][split] is not None]
-        (folder / split).mkdir(exist_ok=True)
         writer.write_manifest(folder, split, source.vocabulary, shards, extra)
     read_from = {"inputs": {k: v for record in records for k, v in record["inputs"].items()}}
     files.write_json(folder / INPUTS, read_from)
@@ -247,15 +242,9 @@ def summary(tokens: Path, names: Sequence[str]) -> str:
     for name in names:
         train, valid = (files.read_json(tokens / name / s / "manifest.json") for s in SPLITS)
         pieces = sum(m["tokens"] - 2 * m["documents"] for m in (train, valid))
-        rows.append(
-            (
-                name,
-                f"{train['documents']:,}",
-                f"{train['tokens']:,}",
-                f"{(train['text_bytes'] + valid['text_bytes']) / max(1, pieces):.2f}",
-                f"{valid['documents']:,}",
-            )
-        )
+        per_token = (train["text_bytes"] + valid["text_bytes"]) / max(1, pieces)
+        documents, tokens_of, held_out = train["documents"], train["tokens"], valid["documents"]
+        rows.append((name, f"{documents:,}", f"{tokens_of:,}", f"{per_token:.2f}", f"{held_out:,}"))
     return cli.table(("source", "documents", "tokens", "bytes/token", "valid documents"), rows)
 
 

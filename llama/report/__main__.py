@@ -155,17 +155,10 @@ def _setting(value: Any) -> Any:
 def mixture(run: Run) -> list[Markup]:
     steps, lines = reading.mixture(run)
     header = ["source", "target", "realised", "tokens", "off the target", "epochs"]
-    rows = [
-        (
-            line.source,
-            f"{line.planned / line.total:.3%}",
-            f"{line.tokens / line.total:.3%}",
-            line.tokens,
-            f"{line.tokens - line.planned:+,.0f}",
-            f"{line.epochs:.3f}",
-        )
-        for line in lines
-    ]
+    rows = []
+    for line in lines:
+        tokens, off, share, epochs = line.shown()
+        rows.append((line.source, f"{line.planned / line.total:.3%}", share, tokens, off, epochs))
     return [soft(f"In the first {steps:,} steps, by tokens."), html.table(header, rows)]
 
 
@@ -178,19 +171,11 @@ def samples(run: Run, count: int) -> Iterator[Markup]:
 
 def extracts(run: Run) -> list[Markup]:
     header = ["step", "row", "source", "epoch", "window", "its tokens", "document", "begins"]
-    rows = [
-        (
-            step,
-            p.row,
-            p.source,
-            p.epoch + 1,
-            p.window,
-            f"{p.first:,}–{p.end - 1:,} of {p.of:,}",
-            tag("code", p.document),
-            tag("code", " ".join(text.split())[:TEXT_CHARS]),
-        )
-        for step, p, text in reading.extracts(run)
-    ]
+    rows = []
+    for step, p, text in reading.extracts(run):
+        place = p.row, p.source, p.epoch + 1, p.window, f"{p.first:,}–{p.end - 1:,} of {p.of:,}"
+        begins = " ".join(text.split())[:TEXT_CHARS]
+        rows.append((step, *place, tag("code", p.document), tag("code", begins)))
     return [html.table(header, rows) if rows else tag("p", "No step is trained yet.")]
 
 

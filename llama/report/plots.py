@@ -37,18 +37,14 @@ def draw(runs: Sequence[Run]) -> dict[str, Picture]:
     """Every picture that has something to show, by name, in the order of the page."""
     # own settings, whatever the user's are
     with matplotlib.style.context(["default", STYLE]):
-        found = {
-            "loss": _loss(runs),
-            "sources": _sources(runs),
-            "optimizer": _optimizer(runs),
-            "speed": _speed(runs),
-            "mixture": _mixture(runs),
+        makers = {"loss": _loss, "sources": _sources, "optimizer": _optimizer}
+        makers |= {"speed": _speed, "mixture": _mixture}
+        drawn = {name: make(runs) for name, make in makers.items()}
+        return {
+            name: Picture.drawn(figure, title, caption)
+            for name, (title, caption, figure) in drawn.items()
+            if figure
         }
-        pictures = {}
-        for name, (title, caption, figure) in found.items():
-            if figure:
-                pictures[name] = Picture.drawn(figure, title, caption)
-    return pictures
 
 
 # -- one picture each: its title, its caption, and what is drawn, if anything is -------------------

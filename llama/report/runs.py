@@ -97,17 +97,12 @@ def read(paths: Sequence[str]) -> list[Run]:
     labels = [folder.resolve().name for folder in folders]
     if len(set(labels)) < len(labels):
         labels = [str(folder) for folder in folders]
-    return [
-        Run(
-            folder,
-            label,
-            look,
-            config.of_run(folder),
-            lineage(_read_rows(folder / "metrics.jsonl")),
-            *map(_object, (folder / "env.json", folder / "EXIT_REASON")),
-        )
-        for folder, label, look in zip(folders, labels, LOOKS, strict=False)
-    ]
+    runs = []
+    for folder, label, look in zip(folders, labels, LOOKS, strict=False):
+        cfg, rows = config.of_run(folder), lineage(_read_rows(folder / "metrics.jsonl"))
+        env, verdict = _object(folder / "env.json"), _object(folder / "EXIT_REASON")
+        runs.append(Run(folder, label, look, cfg, rows, env, verdict))
+    return runs
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -26,13 +26,8 @@ from typing import Any
 import orjson
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
 
 from llama import faults, files
 from llama.cli import UserError, show_bytes
@@ -63,9 +58,9 @@ ALLOWED_GLOBALS = {
 
 
 def _member(kind: object, name: str) -> Any:
-    if kind is not _MEM_FORMAT_ENCODING:
+    if kind is not dcp_metadata._MEM_FORMAT_ENCODING:
         raise pickle.UnpicklingError(f"{kind}.{name} is not allowed in checkpoint metadata")
-    return _MEM_FORMAT_ENCODING[name]
+    return dcp_metadata._MEM_FORMAT_ENCODING[name]
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -81,13 +76,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 class Reader(dcp.FileSystemReader):
     """DCP's reader, with the allow-list and for tensors only."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
         data = (Path(self.path) / METADATA).read_bytes()
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         for name, entry in metadata.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
+            if not isinstance(entry, dcp_metadata.TensorStorageMetadata):
                 raise pickle.UnpicklingError(f"{name} in {self.path} is no tensor")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
@@ -107,10 +102,14 @@ def path_of(run: str | Path, step: int) -> Path:
 
 def steps(run: str | Path) -> list[tuple[int, Path]]:
     """(step, path) of every finished checkpoint of a run, oldest first."""
-    place = folder(run)
+    return _numbered(folder(run), STEP_FOLDER)
+
+
+def _numbered(place: Path, names: str | re.Pattern[str]) -> list[tuple[int, Path]]:
+    """What there is of such names with a number in them, lowest first."""
     # a folder that may not be read is an error: it must not look like an empty one
-    names = files.retried(lambda: os.listdir(place)) if place.exists() else []
-    found = [(STEP_FOLDER.fullmatch(name), place / name) for name in names]
+    every = files.retried(lambda: os.listdir(place)) if place.exists() else []
+    found = [(re.fullmatch(names, name), place / name) for name in every]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -277,8 +276,7 @@ class _Files(FileSystem):
             faults.point("file.opened", name=Path(path).name)
             yield stream
         faults.point("file.written", name=Path(path).name)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        files.fsync(path)
         faults.point("file.synced", name=Path(path).name)
 
     def rename(self, path: Any, new_path: Any) -> None:
@@ -309,9 +307,9 @@ def _publish(
     manifest: dict[str, Any] = {"format": FORMAT, "step": step, "files": every}
     files.write_json(part / MANIFEST, manifest | {"sha256": _own_hash(manifest)})
     faults.point("ckpt.listed", step=step)
-    files.fsync_folder(part)
+    files.fsync(part)
     faults.point("ckpt.synced", step=step)
-    if final.exists() and (damage(final) or _differ(part / STATE, final / STATE)):
+    if final.exists() and (damage(final) or _entry(part / STATE) != _entry(final / STATE)):
         # a good one would have been resumed from, or an earlier try has come so far
         final.rename(_free_name(final.parent, "corrupt"))
         faults.point("ckpt.aside", step=step)
@@ -322,23 +320,14 @@ def _publish(
     for place in final.parents[:4]:
         # ckpt/, the run and runs/ may be new as well; what is above may be closed to us
         with suppress(PermissionError):
-            files.fsync_folder(place)
+            files.fsync(place)
     faults.point("ckpt.named", step=step)
-
-
-def _differ(a: Path, b: Path) -> bool:
-    return a.read_bytes() != b.read_bytes()
 
 
 def _free_name(place: Path, word: str) -> Path:
     """The name after the highest that is taken, also by a link to nowhere."""
-    return place / f"{word}-{max((n for n, _ in _numbered(place, word)), default=-1) + 1}"
-
-
-def _numbered(place: Path, word: str) -> list[tuple[int, Path]]:
-    """`<word>-<n>` by n, lowest first."""
-    found = [(re.fullmatch(rf"{word}-(\d+)", path.name), path) for path in place.glob(f"{word}-*")]
-    return sorted((int(match[1]), path) for match, path in found if match)
+    taken = _numbered(place, rf"{word}-(\d+)")
+    return place / f"{word}-{taken[-1][0] + 1 if taken else 0}"
 
 
 def prune(run: str | Path, keep: int, keep_every: int | None = None) -> None:
@@ -376,7 +365,7 @@ def abandon(run: str | Path, step: int, branch: int, keep: int) -> None:
         with suppress(UserError):
             if number > step and read_state(path).get("branch", 0) < branch:
                 path.rename(_free_name(path.parent, "abandoned"))
-    for _, path in _numbered(folder(run), "abandoned")[:-keep]:
+    for _, path in _numbered(folder(run), r"abandoned-(\d+)")[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -397,16 +386,8 @@ def choose(run: str | Path, world: World) -> Path | None:
     """
     candidates: list[Path] = world.broadcast([path for _, path in reversed(steps(run))])
     for path in candidates:
-        problem = refused = None
-        try:
-            problem = damage(path, part=world.rank, parts=world.size)
-        except UserError as error:
-            refused = str(error)
-        problems, refusals = zip(*world.gather((problem, refused)), strict=True)
-        if refused := next(filter(None, refusals), None):
-            raise UserError(refused)
-        problem = next(filter(None, problems), None)
-        if not problem:
+        problem = world.together(partial(damage, path, part=world.rank, parts=world.size))
+        if not (problem := world.first(problem)):
             return path
         if world.leads:
             aside = _free_name(path.parent, "corrupt")

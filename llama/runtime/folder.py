@@ -3,13 +3,12 @@
 runs/<name>/{config.yaml, env.json, metrics.jsonl, train.log, EXIT_REASON, stacks/, ckpt/}
 """
 
-import fcntl
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,41 +32,20 @@ WRITTEN = "config.yaml", "env.json", "metrics.jsonl", EXIT_REASON, schedule.REWI
 @contextmanager
 def held(run: Path, here: World) -> Iterator[None]:
     """Hold the run folder for this run; the kernel lets go of it when rank 0 dies."""
-    problem, file = None, None
-    if here.leads:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(run / ".lock", "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = f"{run} is being trained or verified: wait for it or use --name other"
-        except OSError as error:
-            # as on Lustre mounted without flock
-            print(f"WARNING: {run} cannot be locked ({error.strerror}): start it only once")
-    together(problem, here)
-    try:
+    problem = f"{run} is being trained or verified: wait for it or use --name other"
+    with here.together(lambda: files.locked(run, problem) if here.leads else nullcontext()):
         yield
-    finally:
-        if file:
-            file.close()
-
-
-def together(problem: str | None, here: World) -> None:
-    """Raise rank 0's `UserError` on every rank, so that none waits for the others."""
-    if problem := here.broadcast(problem):
-        raise UserError(problem)
 
 
 def check(run: Path, cfg: Config, here: World, checkpoint_bytes: int) -> None:
     """Refuse a folder of another configuration and a full disk, before anything is changed."""
-    problem = None
-    if here.leads:
-        try:
+
+    def look() -> None:
+        if here.leads:
             _refuse_changes(run, cfg)
             checkpoint.refuse_small_disk(run, checkpoint_bytes, cfg.checkpoint.keep)
-        except UserError as error:
-            problem = str(error)
-    together(problem, here)
+
+    here.together(look)
 
 
 def record(run: Path, cfg: Config, here: World) -> None:
@@ -83,11 +61,9 @@ def record(run: Path, cfg: Config, here: World) -> None:
 
 
 def _refuse_changes(run: Path, cfg: Config) -> None:
-    path = run / "config.yaml"
-    if not path.exists():
+    if not (run / "config.yaml").exists():
         return
-    saved = config.to_dict(config.load(["--config", str(path)]))
-    every = config.differences(saved, config.to_dict(cfg))
+    every = config.differences(config.to_dict(config.of_run(run)), config.to_dict(cfg))
     changed = [line for line in every if not line.startswith(config.FREE_KEYS)]
     if changed and not cfg.checkpoint.accept_changes:
         raise UserError(

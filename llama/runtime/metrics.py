@@ -6,7 +6,6 @@ next branch and the rows of the last one stay: `lineage` leaves out those it too
 tensorboard get the same rows; neither can stop a run.
 """
 
-import os
 import re
 import sys
 import time
@@ -69,8 +68,8 @@ class Metrics:
 
 def sync(run: Path) -> None:
     """Make the rows that are written durable, from a thread that no step waits for."""
-    with suppress(OSError), open(run / "metrics.jsonl", "rb") as file:
-        os.fsync(file.fileno())
+    with suppress(OSError):
+        files.fsync(run / "metrics.jsonl")
 
 
 class Clock:

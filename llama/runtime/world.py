@@ -8,10 +8,11 @@ import gc
 import os
 import re
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from llama import faults
 from llama.cli import UserError
 
 START_TIMEOUT = timedelta(minutes=30)
+T = TypeVar("T")
 # Held here alone. A group that outlives `stop`, be it in the frame of an error, keeps its threads,
 # and those abort the end of the interpreter now and then: a run that succeeded would have failed.
 _groups: dict[str, dist.ProcessGroup] = {}
@@ -70,6 +72,21 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def first(self, value: Any) -> Any:
+        """Of all ranks' values the first that says something, on every rank; else None."""
+        return next(filter(None, self.gather(value)), None)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns; the first rank's `UserError` is raised on all, so none waits."""
+        problem = None
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+        if problem := self.first(problem):
+            raise UserError(problem)
+        return result
+
     def largest(self, value: int) -> int:
         """The largest value over all ranks; no device is waited for."""
         tensor = torch.tensor(value)
@@ -113,13 +130,7 @@ def start() -> World:
     faults.point("start.joined")
     for channel in ("control", "saves"):
         _groups[channel] = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-    here = World(
-        rank=dist.get_rank(),
-        size=dist.get_world_size(),
-        local_rank=local_rank,
-        device=device,
-        under_torchrun=under_torchrun,
-    )
+    here = World(dist.get_rank(), dist.get_world_size(), local_rank, device, under_torchrun)
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
         here.say("WARNING: restarts may fail: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")

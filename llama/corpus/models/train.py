@@ -92,7 +92,7 @@ def train(
         [records] = runner.run([stage], executor)
         _write(aside, identity, found["counts"], records, missing)
         os.rename(aside, output)
-        files.fsync_folder(output.parent)
+        files.fsync(output.parent)
     models: dict[str, Any] = files.read_json(output / MODELS)
     if models.get("plan") != identity["plan"]:
         raise UserError(f"{output} holds models learnt from other documents: remove or move it")
