@@ -242,6 +242,28 @@ def test_results_of_products_are_written_after_them() -> None:
     assert terms["head and loss"] == pytest.approx((4 * 64 + 1024) * a_number)
 
 
+def test_a_better_chip_is_never_slower(rng: random.Random) -> None:
+    for _ in range(200):
+        model = published.model(rng.choice(["MPT-1B", "LLaMA-7B", "Llama-3-70B"]))
+        at = Layout(
+            seq_len=rng.choice([512, 2048, 8192]),
+            micro_batch=rng.choice([1, 2, 8]),
+            shard=rng.choice([1, 2, 7, 64]),
+            replicate=rng.choice([1, 3, 16]),
+            tensor=rng.choice([1, 2, 8]),
+            context=rng.choice([1, 2, 4]),
+            recompute=rng.choice(layouts.MODES),
+            accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
+            reshard=rng.random() < 0.5,
+        )
+        chip, passes = rng.choice(list(chips().values())), rng.choice([1, 5])
+        before = speed.step(model, at, chip, 0.7, passes).seconds
+        for key in ("matmul", "attention", "bandwidth", "link", "node_link"):
+            better = replace(chip, **{key: 1.3 * getattr(chip, key)})
+            after = speed.step(model, at, better, 0.7, passes).seconds
+            assert after <= before * (1 + 1e-9), (key, at, chip)
+
+
 def test_the_page_shows_what_is_computed() -> None:
     page = (ROOT / "docs/planner.md").read_text()
     assert published.table() in page and published.paper_table() in page

@@ -147,11 +147,14 @@ def step(
     # two gathers and two reductions of the sequence's activations each way, in plain sight
     sequence = 4 * Group(chip, t, 1).seconds(e * d * tokens)
     gathered = 2 + share.get("full", 0) + again * share.get("selective", 0)
-    ring = _ring(cfg, at, chip, compute(0, dot, 0))
-
-    beside, edges = _fsdp(
-        at, chip, (block, root), passes, forward + sequence, backward + repeated + sequence
-    )
+    # keys and values of other processes pass beside the attention of a process's own; backward,
+    # their gradients pass too. What hides them hides no weights.
+    attention, kv = compute(0, dot, 0), 2 * e * cfg.kv_heads * cfg.head_dim * tokens / t
+    passing = Group(chip, at.context, t).seconds(kv * at.context)
+    ring = exposed(passing, attention) + exposed(2 * passing, 2.5 * attention)
+    free = forward + sequence - min(passing, attention)
+    free_back = backward + repeated + sequence - min(2 * passing, 2.5 * attention)
+    beside, edges = _fsdp(at, chip, (block, root), passes, free, free_back)
 
     terms = {
         "forward pass": passes * L * forward,
@@ -167,15 +170,6 @@ def step(
     }
     trained = passes * at.micro_batch * at.seq_len / (t * at.context)
     return Step(terms, trained, costs.flops_per_token(cfg, at.seq_len), chip)
-
-
-def _ring(cfg: ModelConfig, at: Layout, chip: Chip, attention: float) -> float:
-    """What a block waits for keys and values of other processes, beyond its own attention."""
-    kv = 2 * at.element_bytes * cfg.kv_heads * cfg.head_dim * at.tokens / at.tensor
-    group = Group(chip, at.context, at.tensor)
-    # backward, their gradients travel too, beside two and a half times the work
-    passed = group.seconds(kv * at.context)
-    return exposed(passed, attention) + exposed(2 * passed, 2.5 * attention)
 
 
 def _fsdp(
