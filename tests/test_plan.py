@@ -430,20 +430,6 @@ def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:
         layouts.configured(run_config("llama_65b", shard=8), 8, A100, 0.78)
 
 
-def test_more_gpus_are_offered_that_divide_the_batch(rng: random.Random) -> None:
-    replicate, windows = rng.choice([1, 2, 3]), rng.choice([6, 12, 20, 36])
-    cfg = run_config("llama_33b", replicate=replicate, shard=2, recompute="full")
-    cfg.train.batch_tokens = Count(replicate * 2 * windows * 2048)
-    with pytest.raises(UserError, match="GPUs of parallel.shard") as raised:
-        layouts.configured(cfg, 2 * replicate, A100, 0.78)
-    pattern = r"and (\d+) GPUs of parallel.shard (\d+)(?: and parallel.replicate (\d+))?"
-    found = re.search(pattern, str(raised.value))
-    assert found
-    cfg.parallel.shard, cfg.train.micro_batch = int(found[2]), 1
-    cfg.parallel.replicate = int(found[3] or replicate)
-    layouts.configured(cfg, int(found[1]), A100, 0.78)
-
-
 def test_whole_gradients_of_65b_are_refused() -> None:
     cfg = run_config("llama_65b", shard=128, accumulate="unsharded")
     # 4 windows a process: with one a pass, 261 GB of gradients wait for the last

@@ -86,16 +86,15 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
         for n in reversed(micro_batches(cfg, at))
         if auto or n <= at.micro_batch
     ]
-    # of the same GPUs where there are replicas to give up, else of more, which divide the batch
-    for n in sorted({*divisors(at.replicate), *divisors(share(cfg, at))} - {1}):
-        replicate = at.replicate if at.replicate % n else at.replicate // n
-        larger = with_micro_batch(cfg, replace(at, shard=n * at.shard, replicate=replicate), 1)
+    for n in range(1, 12):
+        # of the same GPUs where there are replicas to give up, else of more
+        replicate = at.replicate >> n if at.replicate % (1 << n) == 0 else at.replicate
+        larger = replace(at, shard=at.shard << n, replicate=replicate)
         tried += [replace(larger, recompute=mode) for mode in (at.recompute, "full")]
     found = next((x for x in tried if fits(cfg, x, chip.memory)), None)
-    offer = "nothing fits: take a larger parallel.tensor, or train.batch_tokens for more GPUs"
+    offer = "nothing fits: take a larger parallel.tensor"
     if found:
         more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.shard > at.shard)
-        more += f" and parallel.replicate {found.replicate}" * (found.replicate != at.replicate)
         more += " and parallel.accumulate sharded" * (found.accumulate != at.accumulate)
         more += " and parallel.reshard true" * (found.reshard != at.reshard)
         offer = (
