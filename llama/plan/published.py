@@ -30,7 +30,8 @@ def tables() -> dict[str, Any]:
 
 
 def points(stack: str) -> list[Point]:
-    return [Point(*about, Layout(**layout)) for *about, layout in tables()["points"][stack]]
+    rows = tables()["points"][stack]
+    return [Point._make((*about, Layout(**layout))) for *about, layout in rows]
 
 
 def planned(stack: str, point: Point, efficiency: float) -> float:
