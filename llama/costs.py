@@ -77,8 +77,7 @@ def chip_of(device_name: str) -> Chip | None:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a chip as torch names it; None for one that is not in the table."""
-    chip = chip_of(device_name)
-    return chip.flops if chip else None
+    return chip.flops if (chip := chip_of(device_name)) else None
 
 
 # -- parameters and FLOPs --------------------------------------------------------------------------
@@ -300,8 +299,7 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         # the buffers of the last block and of the one before, which goes when this one is copied
         held = stay + max(0, 2 * arrives - before)
         phase("last block, forward pass", there, kept[L - 1], held, e * d * tokens // t)
-    loss_holds = stay + max(0, arrives - before)
-    phase("loss", there, kept[L] + last, loss_holds, in_loss)
+    phase("loss", there, kept[L] + last, stay + max(0, arrives - before), in_loss)
     # both gradients of the head once more, to scale them, with the first blocks fetched ahead
     held = stay + at.reshard * min(L, at.prefetch) * arrives
     in_head = 2 * e * d * tokens + (4 + e) * head
@@ -310,14 +308,14 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     stays = at.accumulates and not at.reshard and not waits
     for i in sorted({i for i in (0, 1, at.prefetch, L - 2, L - 1, *changes) if 0 <= i < L}):
-        done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
+        done = 4 * (L - 1 - i) * block_share
         output = done * summed
         # without resharding all blocks stay for the next micro-batch, in the last one those to come
         others = min(i, at.prefetch * travels) if at.reshard else L - 1 if at.accumulates else i
         ahead = e * copies * (root + others * block)
         waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"
-        held = ahead + e * copies * block + output + 4 * copies * follows * block
+        held = ahead + e * copies * block + output + 4 * copies * (i < L - 1) * block
         working = fresh * head + _inside_block(cfg, at, each[i], block, fresh)
         phase(name, done + waiting + waits * 4 * block, kept[i], held, working)
         # gradients when they are put together, or what they sum to. Weights of one process are
@@ -326,11 +324,10 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         held = ahead + e * copies * stays * block + output + 4 * copies * block
         reduced = max(fresh_block, 4 * copies * block_share) + fresh * head + e * tokens * d // t
         phase(f"block {i + 1}, reduction", done + waiting, kept[i], held, reduced)
-    done = 4 * L * block_share
-    held = copies * (4 * root + e * stays * (root + L * block)) + done * summed
+    held = copies * (4 * root + e * stays * (root + L * block)) + 4 * L * block_share * summed
     # the root's gradients when they are put together, or what they sum to, with the head's
     reduced = max(e * (not waits) * root, copies * (4 * root_share + fresh * head))
-    phase("end of the backward pass", done + waits * 4 * root, 0, held, reduced)
+    phase("end of the backward pass", 4 * (L * block_share + waits * root), 0, held, reduced)
     phase("update", 4 * share, 0, 0, 0)
     return found
 
