@@ -8,10 +8,13 @@ forward pass, recomputation as nothing; norms, RoPE and softmax are left out.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from llama import files
+from llama.cli import as_user_error, expect
 from llama.config import ModelConfig
 
 CHIPS_FILE = Path(__file__).with_name("chips.yaml")
@@ -29,7 +32,7 @@ class Chip:
         driver: Name that the driver, and so torch, gives it.
         flops: Dense bf16 peak per second, from the maker's data sheet.
         matmul: What the best shapes of matrix products reach of it.
-        attention: What causal attention reaches, forward and backward, head size 128.
+        attention: What causal attention reaches both ways: 8,192 tokens, head size 128.
         memory: Bytes that torch finds.
         bandwidth: Bytes per second of its memory, by the data sheet.
         link: Bytes per second to its neighbours in a machine, as collectives reach it.
@@ -50,18 +53,31 @@ class Chip:
     node: int = 8
 
 
-CHIPS = {name: Chip(**facts) for name, facts in files.read_yaml(CHIPS_FILE).items()}
+@cache
+def chips() -> dict[str, Chip]:
+    """The table by name. Raises `UserError` naming an entry that is no chip, and why."""
+    return {name: _chip(name, facts) for name, facts in files.read_yaml(CHIPS_FILE).items()}
+
+
+def _chip(name: str, facts: Any) -> Chip:
+    kinds = {"driver": str, "node": int}
+    with as_user_error(f"{CHIPS_FILE}: {name}", TypeError, ValueError, AttributeError):
+        # to YAML, 312e12 without a point and a sign is text
+        chip = Chip(**{key: kinds.get(key, float)(value) for key, value in facts.items()})
+    for key, value in vars(chip).items():
+        what = f"{CHIPS_FILE}: {name}.{key} is {value}"
+        expect(key == "driver" or 0 < value < math.inf, what, "more than 0")
+    return chip
 
 
 def chip_of(device_name: str) -> Chip | None:
     """The chip that torch calls so; None for one that is not in the table."""
-    return next((chip for chip in CHIPS.values() if chip.driver == device_name), None)
+    return next((chip for chip in chips().values() if chip.driver == device_name), None)
 
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a chip as torch names it; None for one that is not in the table."""
-    chip = chip_of(device_name)
-    return chip.flops if chip else None
+    return chip.flops if (chip := chip_of(device_name)) else None
 
 
 # -- parameters and FLOPs --------------------------------------------------------------------------
@@ -194,12 +210,17 @@ def kept_by_block(cfg: ModelConfig, at: Layout, mode: str) -> int:
     return (e * elements + 4 * sums) * at.tokens // at.tensor + mask
 
 
+def kept_by_inputs(cfg: ModelConfig, at: Layout) -> int:
+    """Bytes of token ids and of RoPE's table, there until the last block's backward pass."""
+    return 4 * cfg.head_dim * 2 ** math.ceil(math.log2(at.seq_len)) + (4 + 8) * at.tokens
+
+
 def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
     """Bytes kept by the last norm, the head (both gradients), token ids and RoPE's table."""
     logits = 4 * (cfg.vocab_size or 0) * cfg.dim // at.tensor
-    table = 4 * cfg.head_dim * 2 ** math.ceil(math.log2(at.seq_len))
-    per_token = 2 * at.element_bytes * cfg.dim // at.tensor + 4 + 8
-    return logits + table + per_token * at.tokens
+    # the head gives gradients of whole sequences
+    per_token = at.element_bytes * cfg.dim * (1 + at.tensor) // at.tensor
+    return logits + per_token * at.tokens + kept_by_inputs(cfg, at)
 
 
 def modes(cfg: ModelConfig, at: Layout) -> list[str]:
@@ -240,13 +261,17 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     d, head = cfg.dim, (cfg.vocab_size or 0) * cfg.dim // t
     each = modes(cfg, at)
     # by the blocks before the i-th
-    kept = [0, *accumulate(kept_by_block(cfg, at, mode) for mode in each)]
+    by_blocks = (kept_by_block(cfg, at, mode) for mode in each)
+    kept = list(accumulate(by_blocks, initial=kept_by_inputs(cfg, at)))
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
     # travel; a single process in float32 does without it
     copies, travels = at.gpus > 1 or e < 4, n > 1
-    rows = min(tokens, max(128, at.loss_elements // (cfg.vocab_size or 1)))
-    # in float32 and as their gradient; the last piece's gradient is still there with the next one
-    logits = rows * ((6 if e < 4 else 4) + e * (rows < tokens)) * head // d + rows * d * e * (e > 2)
+    V = head // d
+    rows = min(tokens, max(128, at.loss_elements // V))
+    # logits are cast to float32; a piece's gradient is still there with the next piece, and while
+    # it is multiplied
+    wide, after, product = (6 if e < 4 else 4), min(rows, tokens - rows), V if e < 4 else rows
+    logits = max(V * max(wide * rows, wide * after + e * rows), e * (V * rows + product * d))
     # unsharded gradients wait for the last micro-batch whole, in float32
     waits = copies and at.accumulates and at.accumulate == "unsharded"
     fresh = e * (not waits or e < 4)
@@ -264,8 +289,8 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
             "working set": working,
         }
 
-    last = 2 * e * d * tokens // t
-    in_loss = last // 2 + 4 * head + logits
+    last = 2 * e * d * tokens // t + (t > 1) * e * d * tokens
+    in_loss = e * d * tokens + 4 * head + logits
     there = waits * 4 * (L * block + root)
     stay, arrives = e * copies * (root + (not at.reshard) * L * block), travels * e * block
     # where blocks stay, only the first micro-batch gathers any, and no gradients are there then
@@ -274,63 +299,75 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         # the buffers of the last block and of the one before, which goes when this one is copied
         held = stay + max(0, 2 * arrives - before)
         phase("last block, forward pass", there, kept[L - 1], held, e * d * tokens // t)
-    loss_holds = stay + max(0, arrives - before)
-    phase("loss", there, kept[L] + last, loss_holds, in_loss)
-    inside = _inside_block(cfg, at, block, fresh)
+    phase("loss", there, kept[L] + last, stay + max(0, arrives - before), in_loss)
+    # both gradients of the head once more, to scale them, with the first blocks fetched ahead
+    held = stay + at.reshard * min(L, at.prefetch) * arrives
+    in_head = 2 * e * d * tokens + (4 + e) * head
+    phase("head, backward pass", there, kept[L] + e * d * tokens // t, held, in_head)
     # the fullest moment is at an end, where no more is fetched ahead, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
+    stays = at.accumulates and not at.reshard and not waits
     for i in sorted({i for i in (0, 1, at.prefetch, L - 2, L - 1, *changes) if 0 <= i < L}):
-        done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
+        done = 4 * (L - 1 - i) * block_share
         output = done * summed
         # without resharding all blocks stay for the next micro-batch, in the last one those to come
         others = min(i, at.prefetch * travels) if at.reshard else L - 1 if at.accumulates else i
         ahead = e * copies * (root + others * block)
         waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"
-        held = ahead + e * copies * block + output + 4 * copies * follows * block
-        phase(name, done + waiting + waits * 4 * block, kept[i], held, fresh * head + inside)
-        # weights of one process are not given up before, nor those that stay for another pass
-        stays = n == 1 or (at.accumulates and not at.reshard and not waits)
+        held = ahead + e * copies * block + output + 4 * copies * (i < L - 1) * block
+        working = fresh * head + _inside_block(cfg, at, each[i], block, fresh)
+        phase(name, done + waiting + waits * 4 * block, kept[i], held, working)
+        # gradients when they are put together, or what they sum to. Weights of one process are
+        # not given up before, nor at all those that stay for another pass
+        fresh_block = e * (not waits) * block + (n == 1) * e * copies * block * (not stays)
         held = ahead + e * copies * stays * block + output + 4 * copies * block
-        reduced = fresh * head + e * (not waits) * block + e * tokens * d // t
+        reduced = max(fresh_block, 4 * copies * block_share) + fresh * head + e * tokens * d // t
         phase(f"block {i + 1}, reduction", done + waiting, kept[i], held, reduced)
-    # in one process these are cast beside the embedding's own
-    twice = (n == 1) * (e * head * (not at.accumulates) + e * root * (e < 4))
-    done = 4 * L * block_share
-    held = 4 * copies * root + done * summed
-    ends = done + waits * 4 * root
-    phase("end of the backward pass", ends, 0, held, e * (not waits) * root + copies * twice)
+    held = copies * (4 * root + e * stays * (root + L * block)) + 4 * L * block_share * summed
+    # the root's gradients when they are put together, or what they sum to, with the head's
+    reduced = max(e * (not waits) * root, copies * (4 * root_share + fresh * head))
+    phase("end of the backward pass", 4 * (L * block_share + waits * root), 0, held, reduced)
     phase("update", 4 * share, 0, 0, 0)
     return found
 
 
-def _inside_block(cfg: ModelConfig, at: Layout, block: int, fresh: int) -> int:
+def _inside_block(cfg: ModelConfig, at: Layout, mode: str, block: int, fresh: int) -> int:
     """Most bytes with which the backward pass of one block works, its activations among them.
 
     `block`: its weights in one process; `fresh`: bytes of a gradient that is not summed up at once.
     """
     e, t, tokens, d, f = at.element_bytes, at.tensor, at.tokens, cfg.dim, cfg.hidden_dim
-    by_hand, kv = "manual" in modes(cfg, at), 2 * cfg.kv_heads * cfg.head_dim
-    whole = kept_by_block(cfg, at, "none")
-    if at.context > 1 and by_hand:
-        # its own keys and values, and their gradients beside those of all
-        whole += 2 * e * kv * tokens // t
-    # in SwiGLU's backward pass the product is gone; gradients of it, of gate and of up are there
-    most = whole + e * tokens * (d + 2 * f) // t + e * min(tokens * f // t, 2**17)
-    # gradients that wait in float32 take each fresh one in at once
-    most = max(most + e * d * f // t, max(fresh * block, e * d * f // t) + e * tokens * d // t)
-    if t > 1:
-        # gradients of whole sequences, of both products and their sum, before they are divided
-        most = max(most, whole + e * tokens * (3 * d - f // t))
+    by_hand, kv = mode == "manual", 2 * cfg.kv_heads * cfg.head_dim
+    unit, whole = e * tokens // t, kept_by_block(cfg, at, "none")
+    if by_hand:
+        # such a block gives all of its gradients at its end. In its feed-forward half there are,
+        # beside what it keeps and the gradient of its output, either five of SwiGLU's tensors, or,
+        # with the gradients of its matrices, three and the norm's output once more
+        own = kept_by_block(cfg, at, mode) + unit * d * (1 + (t > 1) * t)
+        halves = unit * 4 * f, unit * (3 * f + d * t) + 3 * e * d * f // t
+        most = max(*(own + half for half in halves), e * block + unit * (5 * d + kv))
+    else:
+        # torch stops computing again before the last product, so what is kept of it stays
+        whole += (mode == "selective") * unit * d * t
+        # in SwiGLU's backward pass the product is gone; gradients of it, of gate and up are there
+        most = whole + unit * (d + 2 * f) + e * min(tokens * f // t, 2**17)
+        # gradients that wait in float32 take each fresh one in at once
+        most = max(most + e * d * f // t, max(fresh * block, e * d * f // t) + unit * t * d)
+        if t > 1:
+            # gradients of whole sequences: of the block's output with that of the product, or of
+            # both products; where nothing is computed again also while it is put together
+            first = whole + unit * (d * t + d + f) + e * d * f // t
+            last = whole + unit * (2 * d * t + d - 2 * f) + 3 * fresh * d * f // t
+            before = (mode == "none") * (whole + unit * (2 * d * t + d))
+            most = max(most, first, last, before)
     if at.context > 1:
         # in its backward pass attention has keys, values and their gradients of whole sequences,
         # gathered and in order, beside the gradients of all matrices behind it
         behind = e * (3 * d * f + d * d) // t
-        most = max(most, whole + behind + e * tokens * (d + 4 * kv * at.context - 3 * f) // t)
-    if by_hand:
-        # such a block gives all of its gradients at its end; 4 d f of them is what torch's tracker
-        # shows in the feed-forward's part, for f from d to 4 d
-        most = max(most, whole + e * ((4 if fresh else 1) * d * f + 3 * d * tokens) // t)
+        # by hand its own keys and values, and their gradients beside those of all
+        behind += by_hand * 2 * unit * kv
+        most = max(most, whole + behind + unit * (d + 4 * kv * at.context - 3 * f))
     return most
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from llama import cli, config, costs
 from llama.cli import expect, show_bytes, show_count
 from llama.config import Config
-from llama.costs import CHIPS, Chip
+from llama.costs import Chip, chips
 from llama.plan import layouts, published, speed
 from llama.plan.layouts import MODES, Plan
 
@@ -80,7 +80,7 @@ def explanation(cfg: Config, plan: Plan) -> Iterator[str]:
 
 def report(cfg: Config, gpus: int, gpu: str, stack: str, explain: bool) -> Iterator[str]:
     """The plan, part by part."""
-    chip, efficiency = CHIPS[gpu], published.efficiency(stack)
+    chip, efficiency = chips()[gpu], published.efficiency(stack)
     own = layouts.configured(cfg, gpus, chip, efficiency)
     found = layouts.ranked(cfg, gpus, chip, efficiency)
     yield (
@@ -105,7 +105,7 @@ def report(cfg: Config, gpus: int, gpu: str, stack: str, explain: bool) -> Itera
 def main(argv: list[str]) -> None:
     parser = config.parser("python -m llama.plan")
     parser.add_argument("--gpus", type=int, default=8, help="How many there are.")
-    parser.add_argument("--gpu", default="a100-80g", help=f"Their kind: {', '.join(CHIPS)}.")
+    parser.add_argument("--gpu", default="a100-80g", help=f"Their kind: {', '.join(chips())}.")
     parser.add_argument("--stack", type=str | None, help="Whose efficiency to assume; see --fit.")
     parser.add_argument("--explain", action="store_true", help="Show the terms.")
     parser.add_argument("--fit", action="store_true", help="Show the published points and stop.")
@@ -114,8 +114,8 @@ def main(argv: list[str]) -> None:
         print(f"{published.table()}\n\n{published.paper_table()}")
         return
     cfg = config.load(argv, parser)
-    expect(given.gpu in CHIPS, f"--gpu is {given.gpu!r}", f"one of {', '.join(CHIPS)}")
-    stack, known = given.stack or published.usual(CHIPS[given.gpu]), published.tables()["stacks"]
+    expect(given.gpu in chips(), f"--gpu is {given.gpu!r}", f"one of {', '.join(chips())}")
+    stack, known = given.stack or published.usual(chips()[given.gpu]), published.tables()["stacks"]
     expect(stack in known, f"--stack is {stack!r}", f"one of {', '.join(known)}")
     expect(given.gpus >= 1, f"--gpus is {given.gpus}", "1 or more")
     cfg.model.vocab_size = cfg.model.vocab_size or 32_000

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from llama import files
 from llama.config import ModelConfig
-from llama.costs import CHIPS, Chip, Layout
+from llama.costs import Chip, Layout, chips
 from llama.plan import speed
 
 
@@ -19,8 +19,8 @@ class Point(NamedTuple):
     model: str
     tokens_per_s: float
     kind: str
-    layout: Layout
     passes: int
+    layout: Layout
 
 
 @cache
@@ -30,20 +30,17 @@ def tables() -> dict[str, Any]:
 
 
 def points(stack: str) -> list[Point]:
-    found = []
-    for model, tokens_per_s, kind, layout in tables()["points"][stack]:
-        shape = {key: value for key, value in layout.items() if key != "passes"}
-        found.append(Point(model, tokens_per_s, kind, Layout(**shape), layout.get("passes", 1)))
-    return found
+    rows = tables()["points"][stack]
+    return [Point._make((*about, Layout(**layout))) for *about, layout in rows]
 
 
 def planned(stack: str, point: Point, efficiency: float) -> float:
     """Tokens per second and GPU."""
     told = tables()["stacks"][stack]
-    chip = CHIPS[told["chip"]]
+    chip = chips()[told["chip"]]
     chip = replace(chip, attention=told.get("attention", chip.attention))
-    options = {key: told[key] for key in ("again", "stops") if key in told}
-    step = speed.step(model(point.model), point.layout, chip, efficiency, point.passes, **options)
+    again = told.get("again", 0.0)
+    step = speed.step(model(point.model), point.layout, chip, efficiency, point.passes, again)
     return step.tokens_per_s
 
 
@@ -81,7 +78,7 @@ def table() -> str:
 def paper_table() -> str:
     """The paper's runs beside the plan of one layout, shown and not judged; energy by its §6."""
     rows = ["| model | GPU hours | tok/s/GPU | planned | off by | MWh | tCO2eq |", "|---" * 7 + "|"]
-    layout, chip = Layout(2048, shard=128, replicate=16), CHIPS["a100-80g"]
+    layout, chip = Layout(2048, shard=128, replicate=16), chips()["a100-80g"]
     for name, (hours, tokens, _, _) in tables()["paper"].items():
         theirs = tokens / hours / 3600
         ours = speed.step(model(name), layout, chip, efficiency("torchtitan/a100"), 1).tokens_per_s

@@ -96,54 +96,72 @@ class Step:
         return causal, palm
 
 
+def attention_rate(chip: Chip, seq_len: int, head_dim: int) -> float:
+    """FLOP/s of causal attention, for a chip that reaches `chip.attention` at 8,192 and 128.
+
+    It reaches half as much of 500 tokens as of very many, and of heads of 16, whose exponentials
+    take as long as wide ones'. So FlashAttention-2's figures of A100 and H100 (2k to 16k tokens, 64
+    and 128) are met within 4 %.
+    """
+    short, narrow = (1 + 500 / seq_len) / (1 + 500 / 8192), (1 + 16 / head_dim) / (1 + 16 / 128)
+    return chip.attention / (short * narrow)
+
+
 def step(
-    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int,
-    again: float = 0.0, stops: bool = True,
-) -> Step:  # fmt: skip
+    cfg: ModelConfig, at: Layout, chip: Chip, efficiency: float, passes: int, again: float = 0.0
+) -> Step:
     """The time of a step of `passes` micro-batches.
 
-    `again` is the share of the matrix products that selective recompute makes once more, `stops`
-    whether full recompute leaves out what the backward pass does not need, as torch since 2.1.
+    `again` is the share of the matrix products, and of a tensor group's collectives, that selective
+    recompute makes once more.
     """
     e, t, d, f = at.element_bytes, at.tensor, cfg.dim, cfg.hidden_dim
     tokens, L, V = at.tokens, cfg.n_layers, cfg.vocab_size or 0
-    block, root = (sum(r * c for r, c in part.values()) for part in costs.shapes(cfg, t))
-
-    full = sum(r * c for r, c in costs.made_again(cfg, t)) if stops else block
+    shapes = costs.shapes(cfg, t)
+    block, root = (sum(r * c for r, c in part.values()) for part in shapes)
+    rate = attention_rate(chip, at.seq_len, cfg.head_dim)
 
     def compute(matmul: float, attention: float, moved: float) -> float:
         """Per token: FLOPs of products and of attention, elements read and written, in one GPU."""
-        work = matmul / chip.matmul + attention / chip.attention + e * moved / chip.bandwidth
+        work = matmul / chip.matmul + attention / rate + e * moved / chip.bandwidth
         return tokens * work / efficiency
 
     # Elements a fused kernel reads and writes: forward twice a norm with its residual (4d), RoPE
     # (4d), SwiGLU (3f); backward as much again, with the sums of attention (2d) and the product
-    # made once more. Attention's backward pass is five products to the forward pass's two.
-    dot = 2 * at.seq_len * d / t
-    forward = compute(2 * block, dot, (12 * d + 3 * f) / t)
-    backward = compute(4 * block, 2.5 * dot, (14 * d + 5 * f) / t)
+    # made once more. Attention's backward pass is five products to the forward pass's two. A
+    # product reads while it multiplies, but writes when a tile is done: a row of its matrix each
+    # forward, a column backward, which is much of the time where the other side is short.
+    dot, moved = 2 * at.seq_len * d / t, (12 * d + 3 * f) / t
+    rows, columns = (sum(w[side] for w in shapes[0].values() if w[1] > 1) for side in (0, 1))
+    made = costs.made_again(cfg, t)
+    forward = compute(2 * block, dot, moved + rows)
+    backward = compute(4 * block, 2.5 * dot, (14 * d + 5 * f) / t + columns)
     again_in = {
         "none": 0.0,
         "manual": compute(0, 0, 4 * d / t),
-        "selective": compute(2 * again * block, 0, (12 * d + 3 * f) / t),
-        "full": compute(2 * full, dot, (12 * d + 3 * f) / t),
+        "selective": compute(2 * again * block, 0, moved + again * rows),
+        "full": compute(2 * sum(r * c for r, c in made), dot, moved + sum(r for r, _ in made)),
     }
     share = {mode: n / L for mode, n in Counter(costs.modes(cfg, at)).items()}
     repeated = sum(again_in[mode] * part for mode, part in share.items())
     # two gathers and two reductions of the sequence's activations each way, in plain sight
     sequence = 4 * Group(chip, t, 1).seconds(e * d * tokens)
-    ring = _ring(cfg, at, chip, compute(0, dot, 0))
-
-    beside, edges = _fsdp(
-        at, chip, (block, root), passes, forward + sequence, backward + repeated + sequence
-    )
+    gathered = 2 + share.get("full", 0) + again * share.get("selective", 0)
+    # keys and values of other processes pass beside the attention of a process's own; backward,
+    # their gradients pass too. What hides them hides no weights.
+    attention, kv = compute(0, dot, 0), 2 * e * cfg.kv_heads * cfg.head_dim * tokens / t
+    passing = Group(chip, at.context, t).seconds(kv * at.context)
+    ring = exposed(passing, attention) + exposed(2 * passing, 2.5 * attention)
+    free = forward + sequence - min(passing, attention)
+    free_back = backward + repeated + sequence - min(2 * passing, 2.5 * attention)
+    beside, edges = _fsdp(at, chip, (block, root), passes, free, free_back)
 
     terms = {
         "forward pass": passes * L * forward,
         "backward pass": passes * L * backward,
         "made again": passes * L * repeated,
-        "head and loss": passes * compute(6 * V * d / t, 0, 3 * V / t),
-        "tensor parallel": passes * L * (2 + share.get("full", 0)) * sequence,
+        "head and loss": passes * compute(6 * V * d / t, 0, 4 * V / t + d),
+        "tensor parallel": passes * L * gathered * sequence,
         "context parallel": passes * L * ring,
         "FSDP beside them": L * beside,
         "FSDP before and after": edges,
@@ -152,15 +170,6 @@ def step(
     }
     trained = passes * at.micro_batch * at.seq_len / (t * at.context)
     return Step(terms, trained, costs.flops_per_token(cfg, at.seq_len), chip)
-
-
-def _ring(cfg: ModelConfig, at: Layout, chip: Chip, attention: float) -> float:
-    """What a block waits for keys and values of other processes, beyond its own attention."""
-    kv = 2 * at.element_bytes * cfg.kv_heads * cfg.head_dim * at.tokens / at.tensor
-    group = Group(chip, at.context, at.tensor)
-    # backward, their gradients travel too, beside two and a half times the work
-    passed = group.seconds(kv * at.context)
-    return exposed(passed, attention) + exposed(2 * passed, 2.5 * attention)
 
 
 def _fsdp(
