@@ -318,7 +318,8 @@ def loop(state: State, watch: Watch) -> None:
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
                 row, planned = row | planned, {}
-            gc.collect()
+            # what was made since the last time: all of it takes 0.1 s, for which the device waits
+            gc.collect(1)
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):
                 row = validate(state, watch, stands | row)

@@ -8,6 +8,7 @@ torch's operators; what either is for is told by the operators and phases around
 import gzip
 import math
 import re
+import sys
 import zlib
 from bisect import bisect
 from collections import defaultdict
@@ -31,6 +32,11 @@ ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 # of torch's; the others are bookkeeping, or wait
 OPERATOR = re.compile(r"^(?!autograd|FSDP|_?c10d)\w+::|^## Call Compiled")
 
+# of NCCL and RCCL, of gloo, and of torch's symmetric memory
+COMMUNICATION = re.compile(
+    "^(gloo:|nccl|msccl|Memcpy PtoP)|multimem_|_shot_all_|(barrier|signal)_kernel"
+)
+
 # The first that is found: in the name of a collective; of a computation also in what is around it.
 COLLECTIVES = {
     "all-gather": re.compile("all_?gather", re.I),
@@ -40,9 +46,9 @@ COLLECTIVES = {
 }
 COMPUTATIONS = {
     "optimizer": re.compile(r"\boptimizer\b"),
-    "copies": re.compile("copy_in|chunk_cat|split_with_sizes_copy|gpu_mem"),
+    "copies": re.compile("copy_in|chunk_cat|split_with_sizes_copy|gpu_mem|rocclr"),
     "loss": re.compile("LinearCrossEntropy"),
-    "attention": re.compile("attention|CausalBlocks|flash_|fmha|sdpa", re.I),
+    "attention": re.compile("attention|CausalBlocks|flash|fmha|sdpa", re.I),
     "matrix products": re.compile(r"::(add|b|badd)?mm\b|::(matmul|linear)\b|gemm|nvjet|cutlass"),
     "norms, elementwise": re.compile(""),
 }
@@ -71,8 +77,12 @@ def read(path: Path) -> list[Step]:
     """The steps of a trace. Raises `UserError` where it is cut off or holds none."""
     broken = OSError, EOFError, zlib.error, ValueError, KeyError, TypeError
     with cli.as_user_error(f"{path} is not a whole Chrome trace", *broken), gzip.open(path) as file:
-        events = [e for e in orjson.loads(file.read())["traceEvents"] if e["ph"] == "X"]
+        trace = orjson.loads(file.read())
+        # without a length one is not complete
+        events = [e for e in trace["traceEvents"] if e["ph"] == "X" and "dur" in e]
         found = list(steps(events))
+    if trace.get("deviceProperties") and not any(e["cat"] in ON_GPU for e in events):
+        raise UserError(f"{path} has nothing that the GPU did: another profiler may be attached")
     if not found:
         raise UserError(f"{path} holds no step of train.py")
     return found
@@ -97,9 +107,14 @@ def steps(events: Events) -> Iterator[Step]:
     for (begin, done), number in sorted((s, int(name[5:])) for name in named for s in phases[name]):
         low = max(begin, high)
         # a GPU goes on with what it was given when the host is already in the next step
-        high = max([high, done, *(span[1] for _, span, asked in tasks if begin <= asked < done)])
+        # but for copies: those of a checkpoint run beside the next
+        ends = (s[1] for kind, s, asked in tasks if begin <= asked < done and kind != "copies")
+        high = max(high, done, *ends)
         within = partial(covered, low=low, high=high)
         computing, busy = within(compute), within(compute + communication)
+        if not computing:
+            # the run was stopped while it waited for data
+            continue
         waiting = within(compute + communication + phases["data"]) - busy
         spent = {
             "step": high - low,
@@ -126,21 +141,26 @@ def _tasks(events: Events) -> Iterator[Task]:
         kind: union(_span(e) for e in host if pattern.search(e["name"]))
         for kind, pattern in COMPUTATIONS.items()
     }
-    asked_at = {e["args"].get("correlation"): _span(e)[0] for e in events if "cuda_" in e["cat"]}
-    # gloo's reduce-scatter is an all-reduce: c10d knows which
+    asked_at = {_correlation(e): _span(e)[0] for e in events if "cuda_" in e["cat"]}
+    # gloo's reduce-scatter is an all-reduce, and RCCL has one kernel for all: c10d knows which
     calls = sorted((_span(e)[0], e["name"]) for e in host if "c10d::" in e["name"])
     kernels = [e for e in events if e["cat"] in ON_GPU]
     for event in kernels or host:
         name, span = event["name"], _span(event)
-        asked = asked_at.get(event["args"].get("correlation"), span[0])
-        if name == "gloo:all_reduce" and calls:
+        asked = asked_at.get(_correlation(event), span[0])
+        if re.match("gloo:all_reduce|ncclDevKernel_Generic", name) and calls:
             name += calls[max(0, bisect(calls, (asked, "~")) - 1)][1]
-        if re.match("gloo:|nccl", name):
+        if COMMUNICATION.search(name):
             yield next(k for k, p in COLLECTIVES.items() if p.search(name)), span, asked
         elif kernels or OPERATOR.search(name):
             named = f"{event['cat']} {name}"
             found = (k for k, p in COMPUTATIONS.items() if p.search(named) or _in(around[k], asked))
             yield next(found), span, asked
+
+
+def _correlation(event: dict[str, Any]) -> Any:
+    """What a kernel has in common with the call that launched it."""
+    return event.get("args", {}).get("correlation")
 
 
 def _in(spans: list[Span], moment: int) -> bool:
@@ -173,6 +193,9 @@ def main(argv: list[str]) -> None:
     traces = sorted(([int(n) for n in re.findall(r"\d+", path.name)], path) for path in paths)
     if not traces:
         raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
+    ranks = {rank for (rank, *_), _ in traces}
+    if missing := [str(rank) for rank in range(max(ranks)) if rank not in ranks]:
+        print(f"WARNING: {run}/profile has no trace of rank {', '.join(missing)}", file=sys.stderr)
     for (rank, *_), path in traces:
         print("\n\n".join(show(rank, read(path))) + "\n")
 
