@@ -336,6 +336,7 @@ def loop(state: State, watch: Watch) -> None:
             f"the last checkpoint, of step {state.step}, could not be written "
             f"({state.saver.problem}): mend that, the same command goes on from the newest"
         )
+    state.recording.close()
     watch.beat("ending")
     reader.close()
     if log:

@@ -8,7 +8,6 @@ torch's operators; what either is for is told by the operators and phases around
 import gzip
 import math
 import re
-import sys
 import zlib
 from bisect import bisect
 from collections import defaultdict
@@ -33,9 +32,7 @@ ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 OPERATOR = re.compile(r"^(?!autograd|FSDP|_?c10d)\w+::|^## Call Compiled")
 
 # of NCCL and RCCL, of gloo, and of torch's symmetric memory
-COMMUNICATION = re.compile(
-    "^(gloo:|nccl|msccl|Memcpy PtoP)|multimem_|_shot_all_|(barrier|signal)_kernel"
-)
+TRAVELS = re.compile("^(gloo:|nccl|msccl|Memcpy PtoP)|multimem_|_shot_all_|(barrier|signal)_kernel")
 
 # The first that is found: in the name of a collective; of a computation also in what is around it.
 COLLECTIVES = {
@@ -141,26 +138,21 @@ def _tasks(events: Events) -> Iterator[Task]:
         kind: union(_span(e) for e in host if pattern.search(e["name"]))
         for kind, pattern in COMPUTATIONS.items()
     }
-    asked_at = {_correlation(e): _span(e)[0] for e in events if "cuda_" in e["cat"]}
+    asked_at = {e["args"]["correlation"]: _span(e)[0] for e in events if "cuda_" in e["cat"]}
     # gloo's reduce-scatter is an all-reduce, and RCCL has one kernel for all: c10d knows which
     calls = sorted((_span(e)[0], e["name"]) for e in host if "c10d::" in e["name"])
     kernels = [e for e in events if e["cat"] in ON_GPU]
     for event in kernels or host:
         name, span = event["name"], _span(event)
-        asked = asked_at.get(_correlation(event), span[0])
+        asked = asked_at.get(event.get("args", {}).get("correlation"), span[0])
         if re.match("gloo:all_reduce|ncclDevKernel_Generic", name) and calls:
             name += calls[max(0, bisect(calls, (asked, "~")) - 1)][1]
-        if COMMUNICATION.search(name):
+        if TRAVELS.search(name):
             yield next(k for k, p in COLLECTIVES.items() if p.search(name)), span, asked
         elif kernels or OPERATOR.search(name):
             named = f"{event['cat']} {name}"
             found = (k for k, p in COMPUTATIONS.items() if p.search(named) or _in(around[k], asked))
             yield next(found), span, asked
-
-
-def _correlation(event: dict[str, Any]) -> Any:
-    """What a kernel has in common with the call that launched it."""
-    return event.get("args", {}).get("correlation")
 
 
 def _in(spans: list[Span], moment: int) -> bool:
@@ -195,7 +187,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{run} has no traces in profile/: train with --profile 10-12")
     ranks = {rank for (rank, *_), _ in traces}
     if missing := [str(rank) for rank in range(max(ranks)) if rank not in ranks]:
-        print(f"WARNING: {run}/profile has no trace of rank {', '.join(missing)}", file=sys.stderr)
+        print(f"WARNING: no trace of rank {', '.join(missing)}")
     for (rank, *_), path in traces:
         print("\n\n".join(show(rank, read(path))) + "\n")
 

@@ -4,7 +4,7 @@ import gzip
 import json
 import random
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +73,7 @@ def trained(cfg: Config, run: Path, steps: int, mode: Any = None) -> list[float]
                 if len(losses) == steps:
                     break
         reader.close()
+        state.recording.close()
         return [float(loss) for loss in losses]
     finally:
         world.stop()
@@ -157,7 +158,12 @@ def test_runs_that_are_stopped_or_rewound(
     here = SimpleNamespace(rank=0, device=torch.device("cpu"), say=print)
     log = SimpleNamespace(profile="3-5")
     state: Any = SimpleNamespace(
-        cfg=SimpleNamespace(log=log), world=here, run=tmp_path, step=0, steps=12
+        cfg=SimpleNamespace(log=log),
+        world=here,
+        run=tmp_path,
+        step=0,
+        steps=12,
+        recording=ExitStack(),
     )
     batches: Any = iter(moves)
     given = []
@@ -168,6 +174,10 @@ def test_runs_that_are_stopped_or_rewound(
         state.step = batch[1]
     # all that there were, and then it ends as they do
     assert given == moves
+    paths = list(tmp_path.glob("profile/*"))
+    # a run that is stopped is saved first
+    assert bool(paths) == bool(name and len(moves) > 3)
+    state.recording.close()
     paths = list(tmp_path.glob("profile/*"))
     assert [path.name for path in paths] == ([f"{name}.json.gz"] if name else [])
     assert [number for path in paths for number, _ in trace.read(path)] == recorded

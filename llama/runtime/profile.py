@@ -6,8 +6,7 @@ as .json.gz (for Perfetto and `python -m llama.trace`) and as .pickle (for pytor
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import torch
 from torch.profiler import profile, record_function
@@ -18,7 +17,7 @@ from llama.runtime.state import State
 Batch = tuple[int, torch.Tensor, torch.Tensor]
 # a machine's processes; thousands of traces would say nothing more
 RANKS = 8
-# kilobytes each, in memory and in the file: enough for a step of any size here
+# the last ones, of kilobytes each, in memory and in the file
 MEMORY_EVENTS = 100_000
 
 
@@ -30,21 +29,19 @@ def recorded(batches: Iterator[Batch], state: State, clock: Clock) -> Iterator[B
         to_come = f"steps {state.step + 1} to {state.steps} are to come"
         state.world.say(f"WARNING: log.profile {first}-{last} has no effect: {to_come}")
     if steps and state.world.rank < RANKS:
-        while state.step + 1 < steps[0]:
-            # they end early where the run is stopped
-            if not (batch := next(batches, None)):
-                return
-            yield batch
-        with _recording(state, clock) as made:
+        # they end early where the run is stopped: then it saves before the recording is written
+        with suppress(StopIteration):
+            while state.step + 1 < steps[0]:
+                yield next(batches)
+            made = state.recording.enter_context(_recording(state, clock))
             # a rewind ends it, unless to one of these steps: it may be a thousand back
             while state.step + 1 in steps:
                 with record_function(f"step {state.step + 1}"):
                     with record_function("data"):
-                        batch = next(batches, None)
-                    if not batch:
-                        return
+                        batch = next(batches)
                     made.append(state.step + 1)
                     yield batch
+            state.recording.close()
     yield from batches
 
 
@@ -54,8 +51,8 @@ def _recording(state: State, clock: Clock) -> Iterator[list[int]]:
 
     What it yields is told the steps that are made.
     """
-    here, folder, made = state.world, state.run / "profile", list[int]()
-    cuda = here.device.type == "cuda"
+    made: list[int] = []
+    cuda = state.world.device.type == "cuda"
     # the GPU's kernels too, where there is one
     recorder = profile()
     with clock.paused():
@@ -70,23 +67,24 @@ def _recording(state: State, clock: Clock) -> Iterator[list[int]]:
         with clock.paused():
             recorder.stop()
             if made:
-                _write(recorder, state, folder / f"rank-{here.rank}-steps-{made[0]}-{max(made)}")
+                _write(recorder, state, f"{made[0]}-{max(made)}")
             if cuda:
                 torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _write(recorder: profile, state: State, path: Path) -> None:
-    """What was recorded, in files that begin with `path`."""
-    cuda = state.world.device.type == "cuda"
+def _write(recorder: profile, state: State, steps: str) -> None:
+    """What was recorded, for `python -m llama.trace` and pytorch.org/memory_viz."""
+    here, folder = state.world, state.run / "profile"
+    path = f"{folder}/rank-{here.rank}-steps-{steps}"
+    without = " (no memory snapshot: a CPU has none)"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # a trace that a kill cut off is no trace
         recorder.export_chrome_trace(f"{path}.part.gz")
         os.replace(f"{path}.part.gz", f"{path}.json.gz")
-        if cuda:
+        if here.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(f"{path}.pickle")
-        without = "" if cuda else " (no memory snapshot: a CPU has none)"
-        _, first, last = path.name.rsplit("-", 2)
-        state.world.say(f"steps {first} to {last} are in {path.parent}{without}")
+            without = ""
+        here.say(f"steps {steps.replace('-', ' to ')} are in {folder}{without}")
     except (OSError, RuntimeError) as error:
         print(f"WARNING: {path} cannot be written ({error}); training goes on")
