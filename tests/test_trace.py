@@ -205,13 +205,20 @@ def test_the_copies_of_a_checkpoint_belong_to_the_steps_they_run_in() -> None:
     more = [
         event("user_annotation", "step 2", 1000, 2000),
         *kernel("nvjet_hsh_128x256", 1100, 1800, 1090, 7),
-        # the run is stopped while it waits for data, before the GPU is done
-        event("user_annotation", "step 3", 2000, 2010),
-        event("user_annotation", "data", 2000, 2010),
     ]
     found = dict(trace.steps(alone(launch, copy, *more)))
     assert {n: spent["step"] for n, spent in found.items()} == {1: 1_000_000, 2: 1_000_000}
     assert {n: spent["  copies"] for n, spent in found.items()} == {1: 700_000, 2: 900_000}
+
+
+def test_the_data_that_a_stopped_run_waited_for_is_no_step(tmp_path: Path) -> None:
+    # the GPU is not done when the host has ended
+    events = alone(event("user_annotation", "step 2", 200, 210), host=200)
+    path = written(tmp_path, events, "rank-0-steps-1-1")
+    (path.parent / "rank-0-steps-1-9.part.gz").write_bytes(b"")
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == ["rank", "0,", "ms", "step", "1"]
 
 
 def test_events_that_lack_something() -> None:
@@ -227,7 +234,7 @@ def test_cover_by_brute_force(rng: random.Random) -> None:
         high = low + rng.randrange(40)
         spans = [(a, a + rng.randrange(20)) for a in rng.choices(range(60), k=rng.randrange(9))]
         there = {t for a, b in spans for t in range(a, b) if low <= t < high}
-        assert trace.covered(spans, low, high) == len(there)
+        assert trace.covered(trace.union(spans), low, high) == len(there)
 
 
 # -- the command -----------------------------------------------------------------------------------
