@@ -146,13 +146,13 @@ def _tasks(events: Events) -> Iterator[Task]:
         kind: union(_span(e) for e in host if pattern.search(e["name"]))
         for kind, pattern in COMPUTATIONS.items()
     }
-    asked_at = {e["args"]["correlation"]: _span(e)[0] for e in events if "cuda_" in e["cat"]}
+    asked_at = {e["args"].get("correlation"): _span(e)[0] for e in events if "cuda_" in e["cat"]}
     # gloo's reduce-scatter is an all-reduce, and RCCL has one kernel for all: c10d knows which
     calls = sorted((_span(e)[0], e["name"]) for e in host if "c10d::" in e["name"])
     kernels = [e for e in events if e["cat"] in ON_GPU]
     for event in kernels or host:
         name, span = event["name"], _span(event)
-        asked = asked_at.get(event.get("args", {}).get("correlation"), span[0])
+        asked = asked_at.get(event.get("args", {}).get("correlation", -1), span[0])
         if re.match("gloo:all_reduce|ncclDevKernel_Generic", name) and calls:
             name += calls[max(0, bisect(calls, (asked, "~")) - 1)][1]
         if TRAVELS.search(name):

@@ -224,7 +224,8 @@ def test_the_data_that_a_stopped_run_waited_for_is_no_step(tmp_path: Path) -> No
 def test_events_that_lack_something() -> None:
     bare = {"ph": "X", "cat": "kernel", "name": "relu", "ts": 1e12 + 400, "dur": 100}
     overhead = {"ph": "X", "cat": "overhead", "name": "Buffer Flush", "ts": 1e12, "dur": 5}
-    ((_, spent),) = trace.steps(alone(bare, overhead))
+    counters = event("cuda_profiler_range", "sm__cycles", 0, 900)
+    ((_, spent),) = trace.steps(alone(bare, overhead, counters))
     assert spent["compute"] == 300_000
 
 
