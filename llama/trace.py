@@ -108,21 +108,21 @@ def steps(events: Events) -> Iterator[Step]:
     compute = union(span for kind in COMPUTATIONS for span in of[kind])
     communication = union(span for kind in COLLECTIVES for span in of[kind])
     both = union(compute + communication)
-    waiting_too = union(both + phases["data"])
+    with_waiting = union(both + phases["data"])
     parts = {kind: union(of[kind]) for kind in (*COMPUTATIONS, *COLLECTIVES)}
     parts |= {name: union(phases[name]) for name in ("validation", "save")}
     named = [name for name in phases if re.fullmatch(r"step \d+", name)]
     high = 0
     for (begin, done), number in sorted((s, int(name[5:])) for name in named for s in phases[name]):
         low = max(begin, high)
-        # a GPU goes on with what it was given when the host is already in the next step
-        # but for copies: those of a checkpoint run beside the next
+        # a GPU goes on with what it was given when the host is already in the next step; but a
+        # checkpoint's copies run beside the next
         asked = (bisect_left(tasks, moment, key=ASKED) for moment in (begin, done))
         ends = (span[1] for kind, span, _ in tasks[slice(*asked)] if kind != "copies")
         high = max(high, done, *ends)
         within = partial(covered, low=low, high=high)
         computing, busy = within(compute), within(both)
-        waiting = within(waiting_too) - busy
+        waiting = within(with_waiting) - busy
         spent = {
             "step": high - low,
             "compute": computing,

@@ -51,8 +51,7 @@ def _recording(state: State, clock: Clock) -> Iterator[list[int]]:
 
     What it yields is told the steps that are made.
     """
-    made: list[int] = []
-    cuda = state.world.device.type == "cuda"
+    cuda, made = state.world.device.type == "cuda", list[int]()
     # the GPU's kernels too, where there is one
     recorder = profile()
     with clock.paused():
