@@ -318,7 +318,8 @@ def loop(state: State, watch: Watch) -> None:
             if planned and state.step >= settled:
                 here.say(console.beside_plan(planned, row))
                 row, planned = row | planned, {}
-            gc.collect()
+            # what is new: all takes 0.1 s, for which the device waits
+            gc.collect(1)
         if cfg.validation.every and (state.step % cfg.validation.every == 0 or last):
             with clock.paused(), oom.explained("validation", cfg, here, state):
                 row = validate(state, watch, stands | row)
@@ -328,6 +329,7 @@ def loop(state: State, watch: Watch) -> None:
             watch.beat("saving")
             with clock.paused():
                 saved = state.step if save(state, wait=False) else saved
+                gc.collect()
     watch.beat("saving")
     state.saver.finish()
     if (saved != state.step or state.saver.problem) and not save(state):
@@ -335,6 +337,7 @@ def loop(state: State, watch: Watch) -> None:
             f"the last checkpoint, of step {state.step}, could not be written "
             f"({state.saver.problem}): mend that, the same command goes on from the newest"
         )
+    state.recording.close()
     watch.beat("ending")
     reader.close()
     if log:

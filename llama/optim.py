@@ -142,6 +142,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 def step_count(optimizer: torch.optim.Optimizer) -> int:
     """Updates made so far; skipped steps do not count. Waits for the device."""
+    # at once: each alone would wait for the device
     counts = set(torch.stack([state["step"] for state in optimizer.state.values()]).int().tolist())
     assert len(counts) == 1, f"parameters have seen different numbers of updates: {counts}"
     return counts.pop()

@@ -4,8 +4,9 @@ import gzip
 import json
 import random
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,7 @@ def trained(cfg: Config, run: Path, steps: int, mode: Any = None) -> list[float]
                 if len(losses) == steps:
                     break
         reader.close()
+        state.recording.close()
         return [float(loss) for loss in losses]
     finally:
         world.stop()
@@ -134,6 +136,52 @@ def test_a_run_that_stops_early_keeps_what_it_recorded(place: Path, tmp_path: Pa
     (path,) = (tmp_path / "profile").iterdir()
     assert path.name == "rank-0-steps-3-4.json.gz"
     assert [number for number, _ in trace.read(path)] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("moves", "name", "recorded"),
+    [
+        # each batch's step before it and after it: stopped early
+        ([(0, 1)], None, []),
+        ([(0, 1), (1, 2)], None, []),
+        ([(0, 1), (1, 2), (2, 3)], "rank-0-steps-3-3", [3]),
+        # taken back before what is recorded, which ends there, to one of those steps, and out of it
+        ([(0, 1), (1, 0), (0, 1), (1, 2), (2, 3), (3, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)],
+         "rank-0-steps-3-4", [3, 4]),
+        ([(0, 1), (1, 2), (2, 3), (3, 4), (4, 3), (3, 4), (4, 5), (5, 6)],
+         "rank-0-steps-3-5", [3, 4, 5, 4, 5]),
+    ],
+)  # fmt: skip
+def test_runs_that_are_stopped_or_rewound(
+    tmp_path: Path, moves: Any, name: str | None, recorded: list[int]
+) -> None:
+    here = SimpleNamespace(rank=0, device=torch.device("cpu"), say=print)
+    log = SimpleNamespace(profile="3-5")
+    state: Any = SimpleNamespace(
+        cfg=SimpleNamespace(log=log),
+        world=here,
+        run=tmp_path,
+        step=0,
+        steps=12,
+        recording=ExitStack(),
+    )
+    batches: Any = iter(moves)
+    given = []
+    for batch in profile.recorded(batches, state, metrics.Clock(0)):
+        given.append(batch)
+        assert state.step == batch[0]
+        torch.ones(9).sum()
+        state.step = batch[1]
+    # all that there were, and then it ends as they do
+    assert given == moves
+    paths = list(tmp_path.glob("profile/*"))
+    # a run that is stopped is saved first
+    assert bool(paths) == bool(name and len(moves) > 3)
+    state.recording.close()
+    paths = list(tmp_path.glob("profile/*"))
+    assert [path.name for path in paths] == ([f"{name}.json.gz"] if name else [])
+    last = int((name or "0")[-1])
+    assert [number for path in paths for number, _ in trace.read(path, last)] == recorded
 
 
 @pytest.mark.slow

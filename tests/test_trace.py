@@ -38,12 +38,13 @@ def kernel(
 kernel.number = 0  # type: ignore[attr-defined]
 
 
-def written(run: Path, events: list[Event], name: str = "rank-0-steps-4-5") -> Path:
+def written(run: Path, events: list[Event], name: str = "rank-0-steps-4-5", gpus: Any = ()) -> Path:
     path = run / "profile" / f"{name}.json.gz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt") as file:
         name_event = {"ph": "M", "name": "process_name", "pid": 1, "args": {}}
-        json.dump({"schemaVersion": 1, "traceEvents": [name_event, *events]}, file)
+        about = {"schemaVersion": 1, "deviceProperties": gpus}
+        json.dump({**about, "traceEvents": [name_event, *events]}, file)
     return path
 
 
@@ -159,13 +160,82 @@ def test_a_cpus_time_by_hand() -> None:
     }  # fmt: skip
 
 
+def alone(*more: Event, host: int = 1000) -> list[Event]:
+    """One step of a GPU: a product from 100 to 300, and what else is given."""
+    return [
+        event("user_annotation", "step 1", 0, host),
+        *kernel("nvjet_hsh_128x256", 100, 300, 90, 7),
+        *more,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "cat", "around", "kind"),
+    [
+        # as NCCL, RCCL, torch's symmetric memory and FlashAttention 3 call theirs in real traces
+        ("ncclDevKernel_Generic(ncclDevKernelArgsStorage<4096ul>)", "kernel", "c10d::allreduce_",
+         "all-reduce"),
+        ("ncclDevKernel_Generic_4(ncclDevKernelArgs)", "kernel", "c10d::_reduce_scatter_base_",
+         "reduce-scatter"),
+        ("mscclKernel_Sum_half_LL", "kernel", "c10d::allreduce_", "other collectives"),
+        ("ncclSymkDevKernel_AllGather_LL", "kernel", "", "all-gather"),
+        ("void (anonymous namespace)::multimem_all_reduce_kernel<c10::BFloat16, 16>", "kernel", "",
+         "all-reduce"),
+        ("void (anonymous namespace)::barrier_kernel(unsigned int**)", "kernel", "",
+         "other collectives"),
+        ("Memcpy PtoP (Device -> Device)", "gpu_memcpy", "", "other collectives"),
+        ("void cutlass::device_kernel<flash::FlashAttnBwd<flash::Collective>>", "kernel", "",
+         "attention"),
+        ("__amd_rocclr_copyBuffer", "kernel", "", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "gpu_memcpy", "", "copies"),
+    ],
+)  # fmt: skip
+def test_kernels_of_other_libraries(name: str, cat: str, around: str, kind: str) -> None:
+    launch, ran = kernel(name, 400, 700, 350, 20)
+    call = [event("cpu_op", around, 340, 360)] if around else []
+    ((_, spent),) = trace.steps(alone(launch, {**ran, "cat": cat}, *call))
+    assert microseconds(spent, kinds=True) == {"matrix products": 200, kind: 300}
+    kinds = "exposed communication" if kind in trace.COLLECTIVES else "compute"
+    assert microseconds(spent, kinds=False)[kinds] == 300 + 200 * (kinds == "compute")
+
+
+def test_the_copies_of_a_checkpoint_belong_to_the_steps_they_run_in() -> None:
+    copy = {**kernel("", 300, 1900, 310, 30)[1], "cat": "gpu_memcpy", "name": "Memcpy DtoH"}
+    launch = event("cuda_runtime", "cudaMemcpyAsync", 310, 311, **copy["args"])
+    more = [
+        event("user_annotation", "step 2", 1000, 2000),
+        *kernel("nvjet_hsh_128x256", 1100, 1800, 1090, 7),
+    ]
+    found = dict(trace.steps(alone(launch, copy, *more)))
+    assert {n: spent["step"] for n, spent in found.items()} == {1: 1_000_000, 2: 1_000_000}
+    assert {n: spent["  copies"] for n, spent in found.items()} == {1: 700_000, 2: 900_000}
+
+
+def test_the_data_that_a_stopped_run_waited_for_is_no_step(tmp_path: Path) -> None:
+    # the GPU is not done when the host has ended
+    events = alone(event("user_annotation", "step 2", 200, 210), host=200)
+    path = written(tmp_path, events, "rank-0-steps-1-1")
+    (path.parent / "rank-0-steps-1-9.part.gz").write_bytes(b"")
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].split() == ["rank", "0,", "ms", "step", "1"]
+
+
+def test_events_that_lack_something() -> None:
+    bare = {"ph": "X", "cat": "kernel", "name": "relu", "ts": 1e12 + 400, "dur": 100}
+    overhead = {"ph": "X", "cat": "overhead", "name": "Buffer Flush", "ts": 1e12, "dur": 5}
+    counters = event("cuda_profiler_range", "sm__cycles", 0, 900)
+    ((_, spent),) = trace.steps(alone(bare, overhead, counters))
+    assert spent["compute"] == 300_000
+
+
 def test_cover_by_brute_force(rng: random.Random) -> None:
     for _ in range(300):
         low = rng.randrange(-5, 40)
         high = low + rng.randrange(40)
         spans = [(a, a + rng.randrange(20)) for a in rng.choices(range(60), k=rng.randrange(9))]
         there = {t for a, b in spans for t in range(a, b) if low <= t < high}
-        assert trace.covered(spans, low, high) == len(there)
+        assert trace.covered(trace.union(spans), low, high) == len(there)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -214,6 +284,9 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
         b"{}",
         gzip.compress(b"[1]"),
         gzip.compress(b"{"),
+        gzip.compress(b'{"traceEvents": [1]}'),
+        gzip.compress(b'{"traceEvents": null}'),
+        json.dumps({"traceEvents": on_a_gpu()}).encode(),
     ):
         path.write_bytes(spoilt)
         with pytest.raises(UserError, match="is not a whole Chrome trace") as raised:
@@ -222,3 +295,19 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     written(tmp_path, [event("cpu_op", "aten::mm", 0, 1)])
     with pytest.raises(UserError, match="holds no step of train.py"):
         trace.read(path)
+    # what the host did must not stand for the GPU
+    host = [event("user_annotation", "step 1", 0, 9), event("cpu_op", "aten::mm", 0, 8)]
+    written(tmp_path, host, gpus=[{"id": 0, "name": "NVIDIA H100"}])
+    with pytest.raises(UserError, match="has nothing that the GPU did"):
+        trace.read(path)
+    written(tmp_path, [*host, {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 1e12}])
+    assert len(trace.read(path)) == 1
+
+
+def test_a_rank_without_a_trace_is_named(tmp_path: Path) -> None:
+    for rank in (0, 1, 4):
+        # of other steps than the others'
+        written(tmp_path, on_a_gpu(), f"rank-{rank}-steps-{rank + 4}-5")
+    done = command(tmp_path)
+    assert done.returncode == 0 and done.stdout.count("\nrank ") == 3
+    assert done.stdout.startswith("WARNING: no trace of rank 2, 3\n")

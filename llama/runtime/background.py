@@ -32,6 +32,8 @@ class Saver:
         # what steps waited since `take_stall`, and how long the last save took
         self.stall_s = self.write_s = 0.0
         self._thread: Thread | None = None
+        # one for all saves: there are 32 streams, and a new one may be that of the collectives
+        self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
         self.problem: str | None = None
         self._failures = 0
@@ -78,7 +80,7 @@ class Saver:
         """Copies in the memory of the CPU: pinned, and on a stream of their own, from a GPU."""
         if not any(tensor.is_cuda for tensor in tensors.values()):
             return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             staged = {

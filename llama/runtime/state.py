@@ -4,6 +4,7 @@ Tensors (weights, moments) go through llama.runtime.checkpoint by name; all else
 refuses another model, tokenizer or data: training on by accident is worse than stopping.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class State:
     # a row of metrics whose validation a signal cut short: the next start does it
     unvalidated: dict[str, Any] | None = None
     saver: background.Saver = field(default_factory=background.Saver)
+    # of steps that are recorded, until it is written
+    recording: ExitStack = field(default_factory=ExitStack)
 
     @property
     def tokens(self) -> int:
