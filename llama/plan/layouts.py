@@ -6,13 +6,16 @@ in one sentence with the nearest that would.
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from llama import costs
 from llama.cli import UserError, show_bytes
-from llama.config import Config
+from llama.config import Config, ParallelConfig
 from llama.costs import Chip, Layout
+from llama.parallel import layout
 from llama.parallel.layout import divisors, resolve, share, with_micro_batch
 from llama.plan import published, speed
 
@@ -61,7 +64,7 @@ def refuse(cfg: Config, processes: int, device_name: str) -> None:
     if chip:
         configured(cfg, processes, chip, efficiency=1.0)
     else:
-        resolve(cfg, processes)
+        resolve(cfg, processes, device_name != "cpu")
 
 
 def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
@@ -79,47 +82,58 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
     if good:
         return max(good, key=lambda plan: plan.step.tokens_per_s)
     least = plans[0]
-    tried = [
-        with_micro_batch(cfg, replace(given, recompute=mode), n)
-        for mode in (at.recompute, *MODES)
-        for given in (at, replace(at, accumulate="sharded", reshard=True))
-        for n in reversed(micro_batches(cfg, at))
-        if auto or n <= at.micro_batch
-    ]
-    for n in range(1, 12):
-        # of the same GPUs where there are replicas to give up, else of more
-        replicate = at.replicate >> n if at.replicate % (1 << n) == 0 else at.replicate
-        larger = replace(at, shard=at.shard << n, replicate=replicate)
-        tried += [replace(larger, recompute=mode) for mode in (at.recompute, "full")]
-    found = next((x for x in tried if fits(cfg, x, chip.memory)), None)
-    offer = "nothing fits: take a larger parallel.tensor"
-    if found:
-        more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.shard > at.shard)
-        more += " and parallel.accumulate sharded" * (found.accumulate != at.accumulate)
-        more += " and parallel.reshard true" * (found.reshard != at.reshard)
-        offer = (
-            f"train.micro_batch {found.micro_batch} with parallel.recompute {found.recompute}"
-            f"{more} takes {show_bytes(costs.needed(cfg.model, found))}"
-        )
     raise UserError(
         f"train.micro_batch {least.layout.micro_batch} takes {show_bytes(least.bytes)} on a GPU of "
-        f"{show_bytes(chip.memory)}, of which {100 * ROOM:.0f} % can be planned: {offer}"
+        f"{show_bytes(chip.memory)}, of which {100 * ROOM:.0f} % can be planned: "
+        f"{_offer(cfg, at, chip)}"
     )
+
+
+def _offer(cfg: Config, at: Layout, chip: Chip) -> str:
+    """The nearest that fits in place of a layout that does not."""
+    for gpus, p, n in _instead(cfg, at, chip):
+        asks = replace(cfg, parallel=p, train=replace(cfg.train, micro_batch=n))
+        # its budget may hold no block, tensor groups may be needed
+        with suppress(UserError):
+            found = layout.divide(asks, gpus)
+            if fits(cfg, found, chip.memory):
+                mode = f"train.micro_batch {n} with parallel.recompute {p.recompute}"
+                words = " and ".join(filter(None, (mode, layout.changes(cfg.parallel, p))))
+                more = f" on {gpus} GPUs" * (gpus > at.gpus)
+                return f"{words}{more} takes {show_bytes(costs.needed(cfg.model, found))}"
+    return "no other layout fits"
+
+
+def _instead(cfg: Config, at: Layout, chip: Chip) -> Iterator[tuple[int, ParallelConfig, int]]:
+    """GPUs, layouts and micro-batches, the nearest first: recomputing more, giving up what waits
+    for the last micro-batch, fewer windows; at the least of these other layouts, then more GPUs."""
+    limit = math.inf if cfg.train.micro_batch == "auto" else at.micro_batch
+    windows = [n for n in reversed(micro_batches(cfg, at)) if n <= limit]
+
+    def given(p: ParallelConfig, mode: Any, **how: Any) -> ParallelConfig:
+        return replace(p, recompute=mode, budget=p.budget if mode == "budget" else None, **how)
+
+    least: dict[str, Any] = {"accumulate": "sharded", "reshard": True}
+    for mode in (at.recompute, *MODES):
+        for how in ({}, least):
+            yield from ((at.gpus, given(cfg.parallel, mode, **how), n) for n in windows)
+    asked = replace(cfg.parallel, **{name: getattr(at, name) for name in layout.SIZES})
+    others = [(n, p) for n, p in layout.possible(cfg) if n >= at.gpus and usual(p, chip)]
+    for gpus, p in sorted(others, key=lambda other: (other[0], layout.distance(asked, other[1]))):
+        yield from ((gpus, given(p, mode, **least), 1) for mode in (at.recompute, "full"))
+
+
+def usual(p: ParallelConfig, chip: Chip) -> bool:
+    """Whether tensor groups lie within a machine, and few processes share a sequence."""
+    return chip.node % p.tensor == 0 and p.context <= 8
 
 
 def candidates(cfg: Config, gpus: int, chip: Chip) -> Iterator[Layout]:
     """Every layout of these GPUs that divides evenly."""
-    for tensor in divisors(chip.node):
-        for context in (1, 2, 4, 8):
-            for shard in divisors(gpus // (tensor * context)):
-                replicate = gpus // (tensor * context * shard)
-                parallel = replace(
-                    cfg.parallel, replicate=replicate, shard=shard, tensor=tensor, context=context
-                )
-                try:
-                    yield resolve(replace(cfg, parallel=parallel), gpus)
-                except UserError:
-                    continue
+    for n, p in layout.possible(cfg):
+        if n == gpus and usual(p, chip):
+            with suppress(UserError):
+                yield layout.divide(replace(cfg, parallel=p), gpus)
 
 
 def mixed(cfg: Config, at: Layout, chip: Chip) -> Layout:
