@@ -5,7 +5,7 @@ torch, so that a run is refused before any process group starts.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -21,13 +21,6 @@ SIZES = ("replicate", "shard", "tensor", "context")
 def divisors(number: int) -> list[int]:
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
-
-
-def nearest(value: int, good: Iterable[int]) -> str:
-    """The largest one below and the smallest above, as `7 or 9`."""
-    found = sorted(set(good))
-    below, above = [n for n in found if n < value][-1:], [n for n in found if n > value][:1]
-    return " or ".join(map(str, below + above)) or "none"
 
 
 def sizes(p: ParallelConfig, processes: int) -> dict[str, int]:
@@ -65,7 +58,8 @@ def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
         return divide(cfg, processes, on_gpu)
     except UserError as error:
         good = ", or ".join(islice(_instead(cfg, processes, on_gpu), 2))
-        raise UserError(f"{error}: {good} would" if good else str(error)) from None
+        said = f"{error}: {good} would" if good else str(error)
+        raise UserError(said) from None
 
 
 def divide(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
@@ -92,13 +86,10 @@ def divide(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
     ranks = spread["replicate"] * spread["shard"]
     if uneven := [(key, windows) for key, windows in _batches(cfg) if windows % ranks]:
         key, windows = uneven[0]
-        good = " and ".join(
-            f"{key} {nearest(n * T, (m * ranks * T for m in (n // ranks, n // ranks + 1) if m))}"
-            for key, n in uneven
-        )
+        near = (f"{key} {max(1, round(n / ranks)) * ranks * T}" for key, n in uneven)
         raise UserError(
             f"{key} {windows * T} is {windows} windows of data.seq_len {T} and does not divide "
-            f"over parallel.replicate x shard = {ranks} ({good} would)"
+            f"over parallel.replicate x shard = {ranks} ({' and '.join(near)} would)"
         )
     wide = t.dtype == "float32" or (t.dtype == "auto" and not on_gpu)
     at = Layout(
@@ -139,8 +130,8 @@ def _shared(cfg: Config, context: int) -> dict[str, int]:
 def _batches(cfg: Config) -> list[tuple[str, int]]:
     """(key, windows) of every size that the batch has in a run."""
     ramp = [("train.batch_ramp", batch) for batch, _ in cfg.train.batch_ramp]
-    all_of = [*ramp, ("train.batch_tokens", cfg.train.batch_tokens)]
-    return [(key, batch // cfg.data.seq_len) for key, batch in all_of]
+    sizes = [*ramp, ("train.batch_tokens", cfg.train.batch_tokens)]
+    return [(key, batch // cfg.data.seq_len) for key, batch in sizes]
 
 
 # -- what works in place of what was asked for -----------------------------------------------------
@@ -174,10 +165,9 @@ def changes(asked: ParallelConfig, p: ParallelConfig) -> str:
 
 def _instead(cfg: Config, processes: int, on_gpu: bool) -> Iterator[str]:
     """What to change so that it works, the nearest first: in as many processes, then in fewer."""
-    asked = cfg.parallel
     found = [(n, p) for n, p in possible(cfg) if n <= processes]
-    for n, p in sorted(found, key=lambda found: (-found[0], distance(asked, found[1]))):
+    for n, p in sorted(found, key=lambda each: (-each[0], distance(cfg.parallel, each[1]))):
         with suppress(UserError):
             divide(replace(cfg, parallel=p), n, on_gpu)
-            fewer = f"{n} processes" if n < processes else ""
-            yield " on ".join(filter(None, (changes(asked, p), fewer)))
+            words = changes(cfg.parallel, p), f"{n} processes" * (n < processes)
+            yield " on ".join(filter(None, words))

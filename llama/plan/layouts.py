@@ -81,11 +81,10 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
     good = [plan for plan in plans if fits(cfg, plan.layout, chip.memory)]
     if good:
         return max(good, key=lambda plan: plan.step.tokens_per_s)
-    least = plans[0]
+    windows, needed = plans[0].layout.micro_batch, show_bytes(plans[0].bytes)
     raise UserError(
-        f"train.micro_batch {least.layout.micro_batch} takes {show_bytes(least.bytes)} on a GPU of "
-        f"{show_bytes(chip.memory)}, of which {100 * ROOM:.0f} % can be planned: "
-        f"{_offer(cfg, at, chip)}"
+        f"train.micro_batch {windows} takes {needed} on a GPU of {show_bytes(chip.memory)}, of "
+        f"which {100 * ROOM:.0f} % can be planned: {_offer(cfg, at, chip)}"
     )
 
 
@@ -97,30 +96,28 @@ def _offer(cfg: Config, at: Layout, chip: Chip) -> str:
         with suppress(UserError):
             found = layout.divide(asks, gpus)
             if fits(cfg, found, chip.memory):
-                mode = f"train.micro_batch {n} with parallel.recompute {p.recompute}"
-                words = " and ".join(filter(None, (mode, layout.changes(cfg.parallel, p))))
-                more = f" on {gpus} GPUs" * (gpus > at.gpus)
-                return f"{words}{more} takes {show_bytes(costs.needed(cfg.model, found))}"
+                words = f"train.micro_batch {n} with parallel.recompute {p.recompute}"
+                words = " and ".join(filter(None, (words, layout.changes(cfg.parallel, p))))
+                words += f" on {gpus} GPUs" * (gpus > at.gpus)
+                return f"{words} takes {show_bytes(costs.needed(cfg.model, found))}"
     return "no other layout fits"
 
 
 def _instead(cfg: Config, at: Layout, chip: Chip) -> Iterator[tuple[int, ParallelConfig, int]]:
     """GPUs, layouts and micro-batches, the nearest first: recomputing more, giving up what waits
     for the last micro-batch, fewer windows; at the least of these other layouts, then more GPUs."""
-    limit = math.inf if cfg.train.micro_batch == "auto" else at.micro_batch
-    windows = [n for n in reversed(micro_batches(cfg, at)) if n <= limit]
-
-    def given(p: ParallelConfig, mode: Any, **how: Any) -> ParallelConfig:
-        return replace(p, recompute=mode, budget=p.budget if mode == "budget" else None, **how)
-
-    least: dict[str, Any] = {"accumulate": "sharded", "reshard": True}
-    for mode in (at.recompute, *MODES):
-        for how in ({}, least):
-            yield from ((at.gpus, given(cfg.parallel, mode, **how), n) for n in windows)
+    auto, each = cfg.train.micro_batch == "auto", reversed(micro_batches(cfg, at))
+    windows = [n for n in each if auto or n <= at.micro_batch]
+    waits_not: dict[str, Any] = {"accumulate": "sharded", "reshard": True}
     asked = replace(cfg.parallel, **{name: getattr(at, name) for name in layout.SIZES})
     others = [(n, p) for n, p in layout.possible(cfg) if n >= at.gpus and usual(p, chip)]
-    for gpus, p in sorted(others, key=lambda other: (other[0], layout.distance(asked, other[1]))):
-        yield from ((gpus, given(p, mode, **least), 1) for mode in (at.recompute, "full"))
+    others.sort(key=lambda other: (other[0], layout.distance(asked, other[1])))
+    least = (at.recompute, "full"), [waits_not], [1]
+    own = (at.recompute, *MODES), [{}, waits_not], windows
+    for gpus, p in [(at.gpus, cfg.parallel), *others]:
+        for mode, how, n in product(*(own if p is cfg.parallel else least)):
+            budget = p.budget if mode == "budget" else None
+            yield gpus, replace(p, recompute=mode, budget=budget, **how), n
 
 
 def usual(p: ParallelConfig, chip: Chip) -> bool:
