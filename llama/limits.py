@@ -74,8 +74,8 @@ def check(cfg: dict[str, Any]) -> None:
     expect(good, f"log.profile is {cfg['log']['profile']!r}", "steps such as 10-12")
     if isinstance(d["mixture"], dict):
         check_weights(d["mixture"], "data.mixture")
-    if [p[key] for key in ("replicate", "shard", "tensor", "context")].count(-1) > 1:
-        raise UserError("only one of the parallel sizes may be -1")
+    rest = [f"parallel.{key}" for key, value in p.items() if value == -1]
+    expect(len(rest) < 2, f"{' and '.join(rest)} are -1", "at most one of them")
     if (p["recompute"] == "budget") != (p["budget"] is not None):
         raise UserError(
             f"parallel.recompute is {p['recompute']} and parallel.budget {p['budget']}: "

@@ -70,7 +70,7 @@ REFUSED = [
     ('--model.rope_scaling {"type":"linear"}', "linear has exactly"),
     ('--model.rope_scaling {"type":"linear","factor":0}', "rope_scaling.factor is 0"),
     ("--parallel.shard 0", "parallel.shard is 0"),
-    ("--parallel.replicate -1", "only one of the parallel sizes"),
+    ("--parallel.replicate -1", "parallel.replicate and parallel.shard are -1"),
     ("--checkpoint.keep 0", "checkpoint.keep is 0"),
     ("--name ../x", "name is '../x'"),
     ("--config nothing.yaml", "nothing.yaml cannot be read"),

@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from made_data import make_source, random_documents
 from torch import Tensor
-from torch._inductor.fx_passes import micro_pipeline_tp
+from torch.distributed import _symmetric_memory
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,6 +36,7 @@ from llama.runtime import checkpoint, world
 pytestmark = pytest.mark.slow
 
 STEPS, PIECES = 10, 512
+FUSED = "fused_all_gather_matmul", "fused_matmul_reduce_scatter", "_c10d_functional.all_gather"
 VOCABULARY = Vocabulary("0" * 64, PIECES, 1, 2)
 SIZES = ("replicate", "shard", "context", "tensor")
 # (replicate, shard, context, tensor), recompute, other options
@@ -203,30 +205,39 @@ def compare(place: Path, cases: Mapping[str, Any], size: int = 4) -> None:
                 assert relative(weight, truth["saved"][key]) <= 1e-3, (name, key)
 
 
-def test_the_compiler_finds_what_async_tensor_is_to_overlap() -> None:
-    """In forward and backward: one all-gather before products, one reduce-scatter behind them."""
+def test_the_compiler_overlaps_what_async_tensor_is_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward pass of a block its gathers and reductions, in the backward pass its gathers:
+    what is reduced there is the sum of several products. No other gather is left."""
     found = []
 
     def look(graph: torch.fx.Graph) -> None:
-        gathers = micro_pipeline_tp.find_all_gather_patterns(graph)
-        scatters = micro_pipeline_tp.find_reduce_scatter_patterns(graph)
-        found.append((len(gathers), len(scatters)))
+        targets = [str(node.target) for node in graph.nodes]
+        found.append([sum(name in target for target in targets) for name in FUSED])
 
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
     try:
-        group = dist.group.WORLD
-
-        def halves(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-            inside = tensor.Gather.apply(group, x) @ rows.t()
-            return tensor.ReduceScatter.apply(group, inside @ columns.t())
-
-        shapes = (2, 8, 64), (32, 64), (64, 32)
-        given = [torch.randn(shape, requires_grad=True) for shape in shapes]
-        with inductor.patch(post_grad_custom_pre_pass=look, force_disable_caches=True):
-            torch.compile(halves)(*given).sum().backward()
+        mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tensor",))
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(dim=64, n_layers=1, n_heads=8, vocab_size=64), "sdpa")
+        options: Any = {"_micro_pipeline_tp": False, "post_grad_custom_post_pass": look}
+        with (
+            inductor.patch(force_disable_caches=True, **options),
+            torch.library._scoped_library("symm_mem", "IMPL") as operators,
+        ):
+            for name in FUSED[:2]:
+                plain = getattr(_symmetric_memory, f"_{name}_fallback")
+                operators.impl(name, plain, "CPU")
+            tensor.apply(model, mesh)
+            tensor.overlap(mesh)
+            model.layers[0].compile()
+            model.to_empty(device="cpu")
+            model.init_weights(0)
+            tokens = torch.zeros(2, 64, dtype=torch.int64)
+            model(tokens, tokens)[0].sum().backward()
     finally:
         dist.destroy_process_group()
-    assert found == [(1, 1), (1, 1)]
+    assert found == [[2, 2, 0], [2, 0, 0]]
 
 
 @pytest.mark.parametrize("mode", ["none", "manual", "full"])

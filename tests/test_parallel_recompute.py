@@ -223,7 +223,7 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
 def test_a_budget_that_holds_nothing_is_told_the_least() -> None:
     cfg = Config(model=ModelConfig(dim=64, n_layers=3, n_heads=2, vocab_size=64))
     cfg.parallel.recompute, cfg.parallel.budget = "budget", Bytes(1000)
-    with pytest.raises(UserError, match="budget 1.0 kB .* train.micro_batch 1: .* 379.9 kB"):
+    with pytest.raises(UserError, match=r"budget 1000 .* train.micro_batch 1 \(379904 would"):
         resolve(cfg, 1, on_gpu=False)
     at = Layout(256, recompute="full", element_bytes=4)
     cfg.parallel.budget = Bytes(costs.kept(cfg.model, at))

@@ -4,6 +4,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from llama import config, costs, optim
-from llama.cli import UserError
+from llama.cli import UserError, show_bytes
 from llama.config import Bytes, Config, Count, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from llama.costs import Layout, chips
 from llama.model import Transformer
 from llama.parallel import apply, fsdp
-from llama.parallel.layout import divisors, nearest, resolve, share, with_micro_batch
+from llama.parallel.layout import SIZES, divisors, resolve, share, with_micro_batch
 from llama.plan import __main__ as plan_command
 from llama.plan import dry, layouts, published, speed
 from llama.runtime.background import Saver
@@ -354,35 +355,35 @@ def test_ranked_layouts_divide_fit_and_fall_in_speed(name: str) -> None:
         (
             {"replicate": 31, "shard": 64},
             2048,
-            "do not make a world of 2048: parallel.replicate 32 would",
+            "do not make a world of 2048: parallel.replicate 32, or ",
         ),
         (
             {"replicate": 1, "shard": 48},
             2048,
-            "parallel.shard 32 or 64 with parallel.replicate -1 would",
+            "parallel.replicate 32 and parallel.shard 64, or .* would",
         ),
-        ({"replicate": -1, "shard": 48}, 2048, "parallel.shard 32 or 64 with"),
+        ({"replicate": -1, "shard": 48}, 2048, "parallel.shard 64, or parallel.shard 32 would"),
         (
             {"tensor": 3, "shard": 1},
             3,
-            "tensor 3 does not divide model.n_heads 64: parallel.tensor 2 or 4",
+            "tensor 3 does not divide model.n_heads 64: parallel.tensor 2 on 2 processes",
         ),
         (
             {"context": 7, "shard": 2},
             14,
-            "7 pieces do not divide data.seq_len 2048: parallel.context 4 or 8",
+            "7 pieces do not divide data.seq_len 2048: parallel.shard 1 and parallel.context 8",
         ),
         (
             {"replicate": 1, "shard": -1},
             3000,
-            "2048 windows .* = 3000: train.batch_tokens 6144000 would, or replicate x shard 2048",
+            r"2048 windows .* = 3000 \(train.batch_tokens 6144000 would\): 2048 processes, or",
         ),
-        ({"tensor": 3, "shard": 1}, 8, "parallel.tensor x context 2 or 4 would"),
+        ({"tensor": 3, "shard": 1}, 8, "parallel.tensor 4, or parallel.tensor 2 would"),
         ({"async_tensor": True, "shard": 8}, 8, "parallel.async_tensor with parallel.tensor 1"),
         (
             {"async_tensor": True, "tensor": 2, "shard": 4, "recompute": "manual"},
             8,
-            "needs tensor groups on GPUs and compiled blocks",
+            "needs tensor groups on GPUs and compiled blocks, which manual and budget do not have$",
         ),
     ],
 )
@@ -392,6 +393,60 @@ def test_what_does_not_divide_is_named_with_what_would(
     with pytest.raises(UserError, match=said) as raised:
         resolve(run_config(**parallel), gpus)
     assert "\n" not in str(raised.value)
+
+
+def drawn(rng: random.Random) -> Config:
+    """A configuration whose sizes rarely divide each other."""
+    kv, T = rng.choice([1, 2, 3, 4, 8]), rng.choice([1, 7, 16, 33, 48, 60, 128])
+    heads = kv * rng.choice([1, 2, 3])
+    model = ModelConfig(dim=4 * heads, n_layers=2, n_heads=heads, n_kv_heads=kv)
+    model.ffn_dim, model.vocab_size = rng.choice([37, 96, 172]), rng.choice([97, 100, 512])
+    sizes = {name: rng.choice([1, 1, 1, 2, 3, 4, 5, 8, 100]) for name in SIZES}
+    sizes[rng.choice(SIZES)] = rng.choice([-1, 1])
+    cfg = Config(model=model, parallel=ParallelConfig(**sizes))
+    if rng.random() < 0.2:
+        cfg.parallel.recompute = "budget"
+        cfg.parallel.budget = Bytes(rng.choice([10**3, 10**6]))
+    cfg.data.seq_len, cfg.train.micro_batch = T, rng.choice([1, 5, 1000])
+    cfg.train.batch_tokens = Count(T * rng.choice([1, 2, 3, 8, 12, 64, 100]))
+    if rng.random() < 0.3:
+        cfg.train.batch_ramp = [(Count(T * rng.choice([1, 2, 3, 4, 12])), 5)]
+    return cfg
+
+
+def asked(cfg: Config, words: str) -> Config:
+    """The configuration with every `section.key value` of an offer."""
+    for section, key, value in re.findall(r"(train|parallel)\.(\w+) (\w+)", words):
+        part = replace(getattr(cfg, section), **{key: yaml.safe_load(value)})
+        cfg = replace(cfg, **{section: part})
+    return cfg
+
+
+def test_every_layout_that_is_offered_works(rng: random.Random) -> None:
+    offers: Counter[str] = Counter()
+    for _ in range(600):
+        cfg, world = drawn(rng), rng.choice([1, 2, 3, 4, 6, 8, 16, 24, 100, 3000])
+        on_gpu = rng.random() < 0.5
+        try:
+            resolve(cfg, world, on_gpu)
+            continue
+        except UserError as error:
+            said = str(error)
+        if found := re.search(r": (.*) would$", said):
+            for words in found[1].split(", or "):
+                fewer = re.search(r"(\d+) processes$", words)
+                n = int(fewer[1]) if fewer else world
+                at = resolve(asked(cfg, words), n, on_gpu)
+                assert at.gpus == n <= world and (words.startswith("parallel") or n < world)
+                offers["fewer" if fewer else "layout"] += 1
+        if found := re.search(r"\((\d+) would hold all blocks full", said):
+            resolve(asked(cfg, f"parallel.budget {found[1]}"), world, on_gpu)
+            offers["budget"] += 1
+        if found := re.search(r"\((train.batch_tokens \d+) would\)", said):
+            cfg.parallel = replace(cfg.parallel, recompute="none")
+            resolve(asked(cfg, found[1]), world, on_gpu)
+            offers["batch"] += 1
+    assert min(offers[kind] for kind in ("layout", "fewer", "batch")) > 0, offers
 
 
 def test_what_may_wait_for_the_last_micro_batch_is_offered_where_it_fits_and_gains() -> None:
@@ -426,8 +481,40 @@ def test_a_micro_batch_that_is_too_big_is_told_what_fits() -> None:
     cfg.train.micro_batch = int(found[1])
     cfg.parallel.recompute = found[2]  # type: ignore[assignment]
     assert layouts.fits(cfg, layouts.configured(cfg, 8, A100, 0.78).layout, A100.memory)
-    with pytest.raises(UserError, match="16 GPUs of parallel.shard 16 takes"):
+    with pytest.raises(UserError, match="parallel.shard 16 on 16 GPUs takes"):
         layouts.configured(run_config("llama_65b", shard=8), 8, A100, 0.78)
+
+
+def test_everything_that_is_offered_in_place_of_too_much_fits(rng: random.Random) -> None:
+    """Not only the bytes: batch, budget and number of GPUs have to agree with it too."""
+    refused = 0
+    while refused < 15:
+        tensor, context = rng.choice([(1, 1), (1, 1), (2, 1), (1, 2), (4, 1)])
+        shard, replicate = rng.choice([1, 2, 8]), rng.choice([1, 3, 4])
+        cfg = run_config(
+            rng.choice(["llama_7b", "llama_65b"]), shard=shard, replicate=replicate,
+            tensor=tensor, context=context, reshard=rng.random() < 0.5,
+            recompute=rng.choice(["none", "full", "budget"]),
+            accumulate=rng.choice(["sharded", "unsharded"]),
+        )  # fmt: skip
+        if cfg.parallel.recompute == "budget":
+            cfg.parallel.budget = Bytes(60e9)
+        windows = replicate * shard * rng.choice([1, 3, 4])
+        cfg.train.batch_tokens, cfg.train.micro_batch = Count(2048 * windows), rng.choice([1, 64])
+        gpus = replicate * shard * tensor * context
+        try:
+            layouts.configured(cfg, gpus, A100, 0.78)
+            continue
+        except UserError as error:
+            said = str(error)
+        if "budget 60" not in said:
+            words = said.split(": ")[-1]
+            more = re.search(r"on (\d+) GPUs takes", words)
+            offered = asked(cfg, words)
+            config.check(offered)
+            plan = layouts.configured(offered, int(more[1]) if more else gpus, A100, 0.78)
+            assert f"takes {show_bytes(plan.bytes)}" in words
+            refused += 1
 
 
 def test_whole_gradients_of_65b_are_refused() -> None:
@@ -455,10 +542,8 @@ def test_what_a_run_is_held_to() -> None:
     assert layouts.expected(cfg, 4, 8, "cpu").keys() == {"planned_memory_gib"}
 
 
-def test_nearest() -> None:
-    assert nearest(5, [1, 4, 8, 16]) == "4 or 8"
-    assert nearest(9, [8]) == "8" and nearest(1, []) == "none"
-    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+def test_divisors() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12] and divisors(1) == [1]
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -529,19 +614,22 @@ def test_an_entry_that_is_no_chip_is_named(
 @pytest.mark.parametrize(
     ("device", "changes", "said"),
     [
-        ("cpu", {"shard": 2}, "do not make a world of 3: parallel.shard 1 or 3 with"),
-        ("cpu", {"shard": 3}, "parallel.replicate x shard = 3: train.batch_tokens 4190208 or"),
+        ("cpu", {"shard": 2}, "do not make a world of 3: 2 processes, or"),
+        ("cpu", {"shard": 3}, "parallel.replicate x shard = 3 .train.batch_tokens 4196352 would"),
+        ("cpu", {"shard": 3, "async_tensor": True}, "on CPUs needs tensor groups on GPUs"),
+        # in float32, unlike on a GPU
+        ("cpu", {"shard": 3, "recompute": "budget", "budget": 8 * 10**8}, "800000000 is too small"),
         ("cpu", {"shard": 1, "tensor": 3}, "tensor 3 does not divide model.n_heads 32"),
         (A100.driver, {"shard": 3, "micro_batch": 64}, "train.micro_batch 64 takes .* of 85.0 GB"),
     ],
 )
 def test_a_run_is_refused_before_a_process_group_starts(
-    device: str, changes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+    device: str, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = run_config("llama_7b", replicate=1)
     changes = dict(changes)
     cfg.train.micro_batch = changes.pop("micro_batch", 1)
-    if cfg.train.micro_batch > 1:
+    if cfg.train.micro_batch > 1 or len(changes) > 1:
         cfg.train.batch_tokens = Count(3 * 64 * 2048)
     cfg.parallel = replace(cfg.parallel, **changes)
     monkeypatch.setattr(train, "open_data", lambda cfg: {})
@@ -586,6 +674,19 @@ def test_a_dry_run_holds_what_the_arithmetic_says(rng: random.Random) -> None:
     assert re.search(r"parameters +([\d.]+ \w+) +\1 ", table), table
     assert re.search(r"optimizer +([\d.]+ \w+) +\1 ", table), table
     assert not dist.is_initialized()
+
+
+def test_a_dry_run_is_of_gpus() -> None:
+    """What only they allow, and the bytes of bfloat16, on a machine that has none."""
+    cfg = run_config("llama_150m", shard=4, tensor=2, async_tensor=True)
+    dry.spread(cfg, 8)
+    cfg.parallel = replace(cfg.parallel, async_tensor=False, recompute="budget", budget=Bytes(1))
+    with pytest.raises(UserError) as raised:
+        resolve(cfg, 8)
+    cfg = asked(
+        cfg, re.sub(r".*too small.*\((\d+) would.*", r"parallel.budget \1", str(raised.value))
+    )
+    dry.spread(cfg, 8)
 
 
 def test_a_dry_run_names_the_weight_whose_shape_is_another(monkeypatch: pytest.MonkeyPatch) -> None:

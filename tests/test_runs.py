@@ -484,7 +484,7 @@ FRESH = {
     "no source": ({"data.mixture": '{"code": 0.5, "poems": 0.5}'}, "poems"),
     "vocabulary": ({"model.vocab_size": 513}, "model.vocab_size is 513"),
     "no window": ({"data.seq_len": 512_000, "train.batch_tokens": 512_000}, "holds no window"),
-    "layout": ({"parallel.shard": 3}, "do not make a world of 1: parallel.shard 1 with"),
+    "layout": ({"parallel.shard": 3}, "do not make a world of 1: parallel.shard 1 would"),
     "init": ({"train.init_from": "runs/nothing"}, "runs/nothing does not exist"),
 }
 

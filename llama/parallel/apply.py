@@ -6,7 +6,6 @@ import shutil
 from dataclasses import replace
 
 import torch
-import torch._inductor.config as inductor
 from torch import nn
 
 from llama import costs
@@ -31,7 +30,8 @@ def apply(model: nn.Module, cfg: Config, place: Place, dtype: torch.dtype) -> in
     names = mesh.mesh_dim_names or ()
     if "tensor" in names:
         seams = tensor.apply(model, mesh["tensor"])
-        inductor._micro_pipeline_tp = cfg.parallel.async_tensor
+        if cfg.parallel.async_tensor:
+            tensor.overlap(mesh["tensor"])
     on_gpu = mesh.device_type == "cuda"
     at = layout.resolve(cfg, mesh.size(), on_gpu)
     modes = costs.modes(cfg.model, replace(at, element_bytes=dtype.itemsize))

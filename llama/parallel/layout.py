@@ -5,13 +5,17 @@ torch, so that a run is refused before any process group starts.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 
 from llama import costs
-from llama.cli import UserError, show_bytes
+from llama.cli import UserError
 from llama.config import Config, ParallelConfig
 from llama.costs import Layout
+
+SIZES = ("replicate", "shard", "tensor", "context")
 
 
 def divisors(number: int) -> list[int]:
@@ -19,36 +23,20 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // n for n in small)})
 
 
-def nearest(value: int, good: Iterable[int]) -> str:
-    """The largest one below and the smallest above, as `7 or 9`."""
-    found = sorted(set(good))
-    below, above = [n for n in found if n < value][-1:], [n for n in found if n > value][:1]
-    return " or ".join(map(str, below + above)) or "none"
-
-
 def sizes(p: ParallelConfig, processes: int) -> dict[str, int]:
     """replicate, shard, tensor and context, with -1 filled in.
 
     Raises `UserError` where they do not make so many processes.
     """
-    found = {name: getattr(p, name) for name in ("replicate", "shard", "tensor", "context")}
+    found = {name: getattr(p, name) for name in SIZES}
     asked = " x ".join(f"{name} {n}" for name, n in found.items())
     known = math.prod(n for n in found.values() if n != -1)
     for name, n in found.items():
         if n == -1 and processes % known == 0:
             found[name] = processes // known
-    if math.prod(found.values()) == processes:
-        return found
-    apart = found["tensor"] * found["context"]
-    copies, left = divmod(processes, max(1, found["shard"] * apart))
-    if processes % apart:
-        offer = f"parallel.tensor x context {nearest(apart, divisors(processes))}"
-    elif found["shard"] > 0 and not left:
-        offer = f"parallel.replicate {copies}"
-    else:
-        shard = nearest(found["shard"], divisors(processes // apart))
-        offer = f"parallel.shard {shard} with parallel.replicate -1"
-    raise UserError(f"parallel {asked} do not make a world of {processes}: {offer} would")
+    if math.prod(found.values()) != processes:
+        raise UserError(f"parallel {asked} do not make a world of {processes}")
+    return found
 
 
 def share(cfg: Config, at: Layout) -> int:
@@ -64,49 +52,45 @@ def with_micro_batch(cfg: Config, at: Layout, windows: int) -> Layout:
 def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
     """The layout a configuration asks for, on so many processes; a micro-batch of auto is 1.
 
+    Raises `UserError` as `divide` does, with the two nearest layouts that work, if there are any.
+    """
+    try:
+        return divide(cfg, processes, on_gpu)
+    except UserError as error:
+        good = ", or ".join(islice(_instead(cfg, processes, on_gpu), 2))
+        said = f"{error}: {good} would" if good else str(error)
+        raise UserError(said) from None
+
+
+def divide(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
+    """`resolve`, where nothing is offered instead.
+
     Raises `UserError` naming the numbers where it divides the world, the heads, the feed-forward
     width, the vocabulary, the sequence or the batch unevenly, or its budget holds no block.
     """
-    p, m, t, T = cfg.parallel, cfg.model, cfg.train, cfg.data.seq_len
-    assert m.vocab_size, "the vocabulary size is known before a layout is chosen"
+    p, t, T = cfg.parallel, cfg.train, cfg.data.seq_len
     spread = sizes(p, processes)
     n, c = spread["tensor"], spread["context"]
-    shared = {
-        "model.n_heads": m.n_heads,
-        "the number of key/value heads": m.kv_heads,
-        "the feed-forward width": m.hidden_dim,
-        "model.vocab_size": m.vocab_size,
-        "data.seq_len / parallel.context": T // c,
-    }
     if c > 1 and T % (2 * c):
-        offer = f"parallel.context {nearest(c, divisors(T // 2))} would"
-        raise UserError(f"2 x parallel.context {c} pieces do not divide data.seq_len {T}: {offer}")
-    for name, number in shared.items():
+        raise UserError(f"2 x parallel.context {c} pieces do not divide data.seq_len {T}")
+    for name, number in _shared(cfg, c).items():
         if number % n:
-            good = nearest(n, divisors(math.gcd(*shared.values())))
-            raise UserError(
-                f"parallel.tensor {n} does not divide {name} {number}: parallel.tensor {good} "
-                "divides all it has to"
-            )
+            raise UserError(f"parallel.tensor {n} does not divide {name} {number}")
     compiled = on_gpu and t.compile is not False and p.recompute not in ("manual", "budget")
     if p.async_tensor and not (n > 1 and compiled):
         raise UserError(
             f"parallel.async_tensor with parallel.tensor {n}, parallel.recompute {p.recompute}, "
-            f"train.compile {t.compile} on {'GPUs' if on_gpu else 'CPUs'}: it needs tensor groups "
+            f"train.compile {t.compile} on {'GPUs' if on_gpu else 'CPUs'} needs tensor groups "
             "on GPUs and compiled blocks, which manual and budget do not have"
         )
     ranks = spread["replicate"] * spread["shard"]
-    ramp = [("train.batch_ramp", batch) for batch, _ in t.batch_ramp]
-    for key, batch in [*ramp, ("train.batch_tokens", t.batch_tokens)]:
-        windows = batch // T
-        if windows % ranks:
-            fewer = batch - windows % ranks * T
-            good = nearest(batch, [n for n in (fewer, fewer + ranks * T) if n])
-            raise UserError(
-                f"{key} {batch} is {windows} windows of data.seq_len {T} and does not divide over "
-                f"parallel.replicate x shard = {ranks}: {key} {good} would, or replicate x shard "
-                f"{nearest(ranks, divisors(windows))}"
-            )
+    if uneven := [(key, windows) for key, windows in _batches(cfg) if windows % ranks]:
+        key, windows = uneven[0]
+        near = (f"{key} {max(1, round(n / ranks)) * ranks * T}" for key, n in uneven)
+        raise UserError(
+            f"{key} {windows * T} is {windows} windows of data.seq_len {T} and does not divide "
+            f"over parallel.replicate x shard = {ranks} ({' and '.join(near)} would)"
+        )
     wide = t.dtype == "float32" or (t.dtype == "auto" and not on_gpu)
     at = Layout(
         T,
@@ -122,9 +106,68 @@ def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
     )
     micro = 1 if t.micro_batch == "auto" else min(t.micro_batch, share(cfg, at))
     at = with_micro_batch(cfg, at, micro)
-    if p.recompute == "budget" and (least := costs.kept(m, at)) > at.budget:
+    if p.recompute == "budget" and (least := costs.kept(cfg.model, at)) > at.budget:
         raise UserError(
-            f"parallel.budget {show_bytes(at.budget)} is too small for train.micro_batch {micro}: "
-            f"with all blocks full it takes {show_bytes(least)}"
+            f"parallel.budget {at.budget} is too small for train.micro_batch {micro} "
+            f"({least} would hold all blocks full)"
         )
     return at
+
+
+def _shared(cfg: Config, context: int) -> dict[str, int]:
+    """What parallel.tensor divides."""
+    m = cfg.model
+    assert m.vocab_size, "the vocabulary size is known before a layout is chosen"
+    return {
+        "model.n_heads": m.n_heads,
+        "the number of key/value heads": m.kv_heads,
+        "the feed-forward width": m.hidden_dim,
+        "model.vocab_size": m.vocab_size,
+        "data.seq_len / parallel.context": cfg.data.seq_len // context,
+    }
+
+
+def _batches(cfg: Config) -> list[tuple[str, int]]:
+    """(key, windows) of every size that the batch has in a run."""
+    ramp = [("train.batch_ramp", batch) for batch, _ in cfg.train.batch_ramp]
+    sizes = [*ramp, ("train.batch_tokens", cfg.train.batch_tokens)]
+    return [(key, batch // cfg.data.seq_len) for key, batch in sizes]
+
+
+# -- what works in place of what was asked for -----------------------------------------------------
+
+
+def possible(cfg: Config) -> Iterator[tuple[int, ParallelConfig]]:
+    """Every layout that divides what it has to, after the number of its processes."""
+    half, odd = divmod(cfg.data.seq_len, 2)
+    windows = math.gcd(*(n for _, n in _batches(cfg)))
+    for c in [1] if odd else divisors(half):
+        for tensor in divisors(math.gcd(*_shared(cfg, c).values())):
+            for ranks in divisors(windows):
+                for n in divisors(ranks):
+                    found = dict(zip(SIZES, (ranks // n, n, tensor, c), strict=True))
+                    yield ranks * tensor * c, replace(cfg.parallel, **found)  # type: ignore[arg-type]
+
+
+def distance(asked: ParallelConfig, p: ParallelConfig) -> float:
+    """How far sizes lie from those asked for: copies change least of all, -1 lies near to all."""
+    pairs = [(getattr(asked, name), getattr(p, name)) for name in SIZES]
+    weighted = zip(pairs, (0.5, 1, 2, 2), strict=True)
+    return sum(weight * abs(math.log(n / wish)) for (wish, n), weight in weighted if wish != -1)
+
+
+def changes(asked: ParallelConfig, p: ParallelConfig) -> str:
+    """What is other than was asked for, as `parallel.shard 4 and parallel.tensor 2`."""
+    new = {key: getattr(p, key) for key in (*SIZES, "accumulate", "reshard", "budget")}
+    words = [f"parallel.{k} {n}" for k, n in new.items() if getattr(asked, k) not in (-1, n)]
+    return " and ".join(words).replace("None", "null").replace("True", "true")
+
+
+def _instead(cfg: Config, processes: int, on_gpu: bool) -> Iterator[str]:
+    """What to change so that it works, the nearest first: in as many processes, then in fewer."""
+    found = [(n, p) for n, p in possible(cfg) if n <= processes]
+    for n, p in sorted(found, key=lambda each: (-each[0], distance(cfg.parallel, each[1]))):
+        with suppress(UserError):
+            divide(replace(cfg, parallel=p), n, on_gpu)
+            words = changes(cfg.parallel, p), f"{n} processes" * (n < processes)
+            yield " on ".join(filter(None, words))

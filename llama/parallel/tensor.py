@@ -7,14 +7,17 @@ columns. Activations are this process's own tensors: whole sequences inside atte
 feed-forward, divided ones in norms and residuals. The logits are never put together for a loss.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -61,6 +64,17 @@ def apply(model: Any, mesh: DeviceMesh) -> tuple[Seam, Seam]:
     head.register_forward_pre_hook(lambda _, given: (gather(given[0]), *given[1:]))
     head.register_forward_hook(lambda _, given, out: _whole_logits(group, out))
     return gather, reduce_scatter
+
+
+def overlap(mesh: DeviceMesh) -> None:
+    """Let blocks that are compiled from now on send while they compute, through symmetric memory.
+
+    To be had on GPUs alone.
+    """
+    inductor._micro_pipeline_tp = True
+    # torch calls this needless by now, but its compiler passes over groups that were not named
+    with warnings.catch_warnings(action="ignore"):
+        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def local(weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A configuration and a number of processes in; out, bytes of a process by part, b
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -49,9 +50,11 @@ def _held(cfg: Config, at: Layout, rank: int) -> dict[str, int]:
     """Bytes of a process by part; no shape is other than the arithmetic's."""
     with torch.device("meta"):
         model = Transformer(cfg.model, attention="reference")
-    # on a GPU, unlike on this machine, auto is bfloat16
-    dtype = torch.float32 if at.element_bytes == 4 else torch.bfloat16
-    apply.apply(model, cfg, fsdp.place(cfg.parallel, "cpu"), dtype)
+    # there, unlike on this machine, auto is bfloat16 and collectives can overlap
+    wide, p = at.element_bytes == 4, replace(cfg.parallel, async_tensor=False)
+    train = replace(cfg.train, dtype="float32" if wide else "bfloat16")
+    dtype = torch.float32 if wide else torch.bfloat16
+    apply.apply(model, replace(cfg, parallel=p, train=train), fsdp.place(p, "cpu"), dtype)
     _check(model, cfg, at, rank)
     moments = optim.state_tensors(optim.build(model, cfg.optim), model).values()
     return {

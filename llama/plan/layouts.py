@@ -6,13 +6,16 @@ in one sentence with the nearest that would.
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from llama import costs
 from llama.cli import UserError, show_bytes
-from llama.config import Config
+from llama.config import Config, ParallelConfig
 from llama.costs import Chip, Layout
+from llama.parallel import layout
 from llama.parallel.layout import divisors, resolve, share, with_micro_batch
 from llama.plan import published, speed
 
@@ -61,7 +64,7 @@ def refuse(cfg: Config, processes: int, device_name: str) -> None:
     if chip:
         configured(cfg, processes, chip, efficiency=1.0)
     else:
-        resolve(cfg, processes)
+        resolve(cfg, processes, device_name != "cpu")
 
 
 def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
@@ -78,48 +81,56 @@ def configured(cfg: Config, gpus: int, chip: Chip, efficiency: float) -> Plan:
     good = [plan for plan in plans if fits(cfg, plan.layout, chip.memory)]
     if good:
         return max(good, key=lambda plan: plan.step.tokens_per_s)
-    least = plans[0]
-    tried = [
-        with_micro_batch(cfg, replace(given, recompute=mode), n)
-        for mode in (at.recompute, *MODES)
-        for given in (at, replace(at, accumulate="sharded", reshard=True))
-        for n in reversed(micro_batches(cfg, at))
-        if auto or n <= at.micro_batch
-    ]
-    for n in range(1, 12):
-        # of the same GPUs where there are replicas to give up, else of more
-        replicate = at.replicate >> n if at.replicate % (1 << n) == 0 else at.replicate
-        larger = replace(at, shard=at.shard << n, replicate=replicate)
-        tried += [replace(larger, recompute=mode) for mode in (at.recompute, "full")]
-    found = next((x for x in tried if fits(cfg, x, chip.memory)), None)
-    offer = "nothing fits: take a larger parallel.tensor"
-    if found:
-        more = f" and {found.gpus} GPUs of parallel.shard {found.shard}" * (found.shard > at.shard)
-        more += " and parallel.accumulate sharded" * (found.accumulate != at.accumulate)
-        more += " and parallel.reshard true" * (found.reshard != at.reshard)
-        offer = (
-            f"train.micro_batch {found.micro_batch} with parallel.recompute {found.recompute}"
-            f"{more} takes {show_bytes(costs.needed(cfg.model, found))}"
-        )
+    windows, needed = plans[0].layout.micro_batch, show_bytes(plans[0].bytes)
     raise UserError(
-        f"train.micro_batch {least.layout.micro_batch} takes {show_bytes(least.bytes)} on a GPU of "
-        f"{show_bytes(chip.memory)}, of which {100 * ROOM:.0f} % can be planned: {offer}"
+        f"train.micro_batch {windows} takes {needed} on a GPU of {show_bytes(chip.memory)}, of "
+        f"which {100 * ROOM:.0f} % can be planned: {_offer(cfg, at, chip)}"
     )
+
+
+def _offer(cfg: Config, at: Layout, chip: Chip) -> str:
+    """The nearest that fits in place of a layout that does not."""
+    for gpus, p, n in _instead(cfg, at, chip):
+        asks = replace(cfg, parallel=p, train=replace(cfg.train, micro_batch=n))
+        # its budget may hold no block, tensor groups may be needed
+        with suppress(UserError):
+            found = layout.divide(asks, gpus)
+            if fits(cfg, found, chip.memory):
+                words = f"train.micro_batch {n} with parallel.recompute {p.recompute}"
+                words = " and ".join(filter(None, (words, layout.changes(cfg.parallel, p))))
+                words += f" on {gpus} GPUs" * (gpus > at.gpus)
+                return f"{words} takes {show_bytes(costs.needed(cfg.model, found))}"
+    return "no other layout fits"
+
+
+def _instead(cfg: Config, at: Layout, chip: Chip) -> Iterator[tuple[int, ParallelConfig, int]]:
+    """GPUs, layouts and micro-batches, the nearest first: recomputing more, giving up what waits
+    for the last micro-batch, fewer windows; at the least of these other layouts, then more GPUs."""
+    auto, each = cfg.train.micro_batch == "auto", reversed(micro_batches(cfg, at))
+    windows = [n for n in each if auto or n <= at.micro_batch]
+    waits_not: dict[str, Any] = {"accumulate": "sharded", "reshard": True}
+    asked = replace(cfg.parallel, **{name: getattr(at, name) for name in layout.SIZES})
+    others = [(n, p) for n, p in layout.possible(cfg) if n >= at.gpus and usual(p, chip)]
+    others.sort(key=lambda other: (other[0], layout.distance(asked, other[1])))
+    least = (at.recompute, "full"), [waits_not], [1]
+    own = (at.recompute, *MODES), [{}, waits_not], windows
+    for gpus, p in [(at.gpus, cfg.parallel), *others]:
+        for mode, how, n in product(*(own if p is cfg.parallel else least)):
+            budget = p.budget if mode == "budget" else None
+            yield gpus, replace(p, recompute=mode, budget=budget, **how), n
+
+
+def usual(p: ParallelConfig, chip: Chip) -> bool:
+    """Whether tensor groups lie within a machine, and few processes share a sequence."""
+    return chip.node % p.tensor == 0 and p.context <= 8
 
 
 def candidates(cfg: Config, gpus: int, chip: Chip) -> Iterator[Layout]:
     """Every layout of these GPUs that divides evenly."""
-    for tensor in divisors(chip.node):
-        for context in (1, 2, 4, 8):
-            for shard in divisors(gpus // (tensor * context)):
-                replicate = gpus // (tensor * context * shard)
-                parallel = replace(
-                    cfg.parallel, replicate=replicate, shard=shard, tensor=tensor, context=context
-                )
-                try:
-                    yield resolve(replace(cfg, parallel=parallel), gpus)
-                except UserError:
-                    continue
+    for n, p in layout.possible(cfg):
+        if n == gpus and usual(p, chip):
+            with suppress(UserError):
+                yield layout.divide(replace(cfg, parallel=p), gpus)
 
 
 def mixed(cfg: Config, at: Layout, chip: Chip) -> Layout:
