@@ -148,7 +148,7 @@ def checkpoint_bytes(cfg: ModelConfig) -> int:
 class Layout:
     """How a step is spread: what decides the bytes and the speed of one process.
 
-    `accumulates`: whether a step has several micro-batches. `loss_elements`: logits held at once.
+    `accumulates`: whether a step has several micro-batches. `on_gpu`: with its kernels.
     `budget`: bytes that `recompute` budget may keep for the backward pass.
     """
 
@@ -161,7 +161,7 @@ class Layout:
     recompute: str = "none"
     element_bytes: int = 2
     accumulates: bool = False
-    loss_elements: int = 2**26
+    on_gpu: bool = True
     budget: int = 0
     accumulate: str = "sharded"
     reshard: bool = True
@@ -267,11 +267,17 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     # travel; a single process in float32 does without it
     copies, travels = at.gpus > 1 or e < 4, n > 1
     V = head // d
-    rows = min(tokens, max(128, at.loss_elements // V))
-    # logits are cast to float32; a piece's gradient is still there with the next piece, and while
-    # it is multiplied
-    wide, after, product = (6 if e < 4 else 4), min(rows, tokens - rows), V if e < 4 else rows
-    logits = max(V * max(wide * rows, wide * after + e * rows), e * (V * rows + product * d))
+    if at.on_gpu:
+        # kernels/cross_entropy.py: logits become their gradient in place; the next piece's are made
+        # beside it
+        rows = min(tokens, max(1, 2**27 // V // 256) * 256)
+        logits = e * rows * max(V * (1 + (rows < tokens)), V + d)
+    else:
+        # kernels/eager.py: cast to float32; a piece's gradient is still there with the next piece,
+        # and while it is multiplied
+        rows = min(tokens, max(128, 2**20 // V))
+        wide, after, product = (6 if e < 4 else 4), min(rows, tokens - rows), V if e < 4 else rows
+        logits = max(V * max(wide * rows, wide * after + e * rows), e * (V * rows + product * d))
     # unsharded gradients wait for the last micro-batch whole, in float32
     waits = copies and at.accumulates and at.accumulate == "unsharded"
     fresh = e * (not waits or e < 4)

@@ -139,7 +139,7 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             recompute=mode,
             element_bytes=element_bytes,
             accumulates=rng.random() < 0.5,
-            loss_elements=2**20,
+            on_gpu=False,
             accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
             reshard=rng.random() < 0.5,
             prefetch=rng.choice([1, 2]),
@@ -179,7 +179,7 @@ def test_memory_of_divided_matrices_and_sequences_is_within_5_percent(
             recompute=mode,
             element_bytes=rng.choice([2, 4]),
             accumulates=rng.random() < 0.5,
-            loss_elements=2**20,
+            on_gpu=False,
         )
         planned, real = costs.needed(model, at), tracked(model, at, monkeypatch)
         assert abs(planned / real - 1) < 0.05, (model, at, costs.peak(model, at), planned / real)

@@ -96,8 +96,7 @@ def divide(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
         T,
         recompute=p.recompute,
         element_bytes=4 if wide else 2,
-        # kernels/eager.py
-        loss_elements=2**26 if on_gpu else 2**20,
+        on_gpu=on_gpu,
         budget=p.budget or 0,
         accumulate=p.accumulate,
         reshard=p.reshard,
