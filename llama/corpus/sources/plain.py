@@ -198,7 +198,7 @@ def _parquet(options: Options, piece: Piece) -> Iterator[Item]:
 
 
 def _zip(options: Options, piece: Piece) -> Iterator[Item]:
-    left = raw.expansion_limit(piece.size)
+    budget = raw.budget_of(piece.size)
     with zipfile.ZipFile(piece.path) as archive:
         for member in archive.infolist():
             name = member.filename
@@ -209,9 +209,8 @@ def _zip(options: Options, piece: Piece) -> Iterator[Item]:
                 yield Dropped(id, "hidden", member.file_size)
             elif format_of(name) not in _WHOLE_FILES:
                 yield Dropped(id, "suffix", member.file_size)
-            elif (left := left - member.file_size) < 0:
-                raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
             else:
+                budget.spend(member.file_size)
                 yield from _member(options, archive, member, id)
 
 
