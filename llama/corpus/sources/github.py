@@ -24,7 +24,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from llama.cli import UserError
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
-from llama.corpus.plan import LeftOut, Piece, Plan, group, printable
+from llama.corpus.plan import LeftOut, Piece, Plan, laid_out, printable
 from llama.corpus.sources import licences
 from llama.corpus.sources.licences import Evidence
 from llama.corpus.steps import code, text
@@ -88,8 +88,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
         for piece in _repositories(top, left_out):
             if pieces.setdefault(piece.name, piece) is not piece:
                 raise UserError(f"--input holds two repositories {piece.name}: ids would clash")
-    units = group(sorted(pieces.values()), options.unit_bytes)
-    return Plan("github", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("github", options, read, (sorted(pieces.values()), left_out))
 
 
 def steps(options: Options) -> list[Step]:

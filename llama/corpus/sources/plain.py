@@ -12,7 +12,7 @@ Drop reasons: `empty`, `short`, `binary`, `too_large`, `suffix` (of a member), `
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +23,7 @@ from llama.cli import CORPUS_EXTRA, UserError, needed
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
-from llama.corpus.plan import Piece, Plan, find, group
+from llama.corpus.plan import Piece, Plan, find, laid_out
 from llama.corpus.sources import stackexchange
 from llama.corpus.steps import code, text
 
@@ -65,8 +65,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     pieces, left_out = find(inputs, format_of)
     if any(piece.format == "parquet" for piece in pieces):
         needed("pyarrow.parquet", "reading .parquet", CORPUS_EXTRA)
-    units = group(pieces, options.unit_bytes, cut=("jsonl", "posts"))
-    return Plan("plain", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("plain", options, read, (pieces, left_out), cut=("jsonl", "posts"))
 
 
 def steps(options: Options) -> list[Step]:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from llama.cli import expect
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted
-from llama.corpus.plan import LeftOut, Piece, Plan, find, group
+from llama.corpus.plan import LeftOut, Piece, Plan, find, laid_out
 from llama.corpus.steps import text, wikitext
 from llama.corpus.steps.exact import Exact
 
@@ -74,8 +74,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
             kept += _cut(piece, options.unit_bytes)
         else:
             left_out.append(LeftOut(piece.name, f"language {language or 'unknown'}", piece.size))
-    units = group(kept, options.unit_bytes)
-    return Plan("wikipedia", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("wikipedia", options, read, (kept, left_out))
 
 
 def steps(options: Options) -> list[Any]:
