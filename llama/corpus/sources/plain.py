@@ -85,8 +85,7 @@ def format_of(name: str) -> str | None:
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:
     """Documents of one piece of input."""
-    readers = {"jsonl": _json_lines, "json": _json_lines, "posts": _posts}
-    readers |= {"parquet": _parquet, "zip": _zip}
+    readers = {"jsonl": _lines, "json": _lines, "posts": _lines, "parquet": _parquet, "zip": _zip}
     yield from readers.get(piece.format.partition(".")[0], _file)(options, piece)
 
 
@@ -112,43 +111,36 @@ def _whole(options: Options, id: str, data: bytes | None, size: int) -> Iterator
         yield Document(id, content, options.source, {})
 
 
-def _lines(options: Options, piece: Piece) -> Iterator[tuple[str, bytes | Dropped]]:
-    """(id, line) of a piece of a file of lines."""
+def _lines(options: Options, piece: Piece) -> Iterator[Item]:
+    """Documents of a piece of a file of lines."""
     chunks = raw.chunks(piece.path, piece.begin, piece.size)
     lines = raw.lines(chunks, options.max_document_bytes)
     for number, (line, size) in enumerate(lines, piece.first_line):
         id = f"{piece.name}:{number}"
-        yield id, Dropped(id, "too_large", size) if line is None else line
+        if line is None:
+            yield Dropped(id, "too_large", size)
+        elif piece.format.startswith("posts"):
+            yield from _posts(options, id, line)
+        else:
+            item = _json_document(options, id, line)
+            # a source tree holds .json files that are settings, and no data at all
+            if number == 1 and piece.format == "json" and not isinstance(item, Document):
+                yield Dropped(piece.name, "not_json_lines", piece.size)
+                return
+            yield item
 
 
-def _posts(options: Options, piece: Piece) -> Iterator[Item]:
+def _posts(options: Options, id: str, line: bytes) -> Iterator[Item]:
     """A document per post; the recipe stackexchange joins questions with their answers."""
-    for id, line in _lines(options, piece):
-        if isinstance(line, Dropped):
-            yield line
-            continue
-        rows = stackexchange.Rows(id, options.max_document_bytes)
-        for i, row in enumerate([*rows.feed(line), *rows.end()]):
-            place = f"{id}.{i}" if i else id
-            if isinstance(row, Dropped):
-                yield row._replace(id=place)
-            else:
-                meta: dict[str, Any] = {k: row[k] for k in ("Id", "PostTypeId") if k in row}
-                body = stackexchange.strip_tags(row.get("Body", "")).strip()
-                yield Document(place, body, options.source, meta)
-
-
-def _json_lines(options: Options, piece: Piece) -> Iterator[Item]:
-    for i, (id, line) in enumerate(_lines(options, piece)):
-        if isinstance(line, Dropped):
-            yield line
-            continue
-        item = _json_document(options, id, line)
-        # a source tree holds .json files that are settings, and no data at all
-        if i == 0 and piece.format == "json" and not isinstance(item, Document):
-            yield Dropped(piece.name, "not_json_lines", piece.size)
-            return
-        yield item
+    rows = stackexchange.Rows(id, options.max_document_bytes)
+    for i, row in enumerate([*rows.feed(line), *rows.end()]):
+        place = f"{id}.{i}" if i else id
+        if isinstance(row, Dropped):
+            yield row._replace(id=place)
+        else:
+            meta: dict[str, Any] = {k: row[k] for k in ("Id", "PostTypeId") if k in row}
+            body = stackexchange.strip_tags(row.get("Body", "")).strip()
+            yield Document(place, body, options.source, meta)
 
 
 def _json_document(options: Options, id: str, line: bytes) -> Item:

@@ -218,7 +218,7 @@ class _Scanner:
 
 def _verbatim(name: str, content: str) -> str:
     """What stands in a tag whose content is no wikitext; of a block each line is marked."""
-    if name == "code":
+    if name == "code" and "<nowiki" in content:
         content = _NOWIKI.sub("", content)
     if name not in _BLOCKS:
         return content
