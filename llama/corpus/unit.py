@@ -100,7 +100,7 @@ def work(
                 at(i)
             files = tally.counts[piece.format]["files"]
             files.update(read=int(piece.begin == 0), bytes=piece.size)
-            items: Iterable[Item] = _to_its_end(read, piece)
+            items: Iterable[Item] = to_its_end(read, piece)
             if i in lost:
                 items = [Dropped(piece.name, "crash", piece.size, f"the reader {lost[i]}")]
             for batch in _batches(items, piece.format, tally):
@@ -114,7 +114,7 @@ def work(
     }
 
 
-def _to_its_end(read: Read, piece: Piece) -> Iterator[Item]:
+def to_its_end(read: Read, piece: Piece) -> Iterator[Item]:
     """The reader's items; where it fails, the rest of the piece is one quarantined record."""
     try:
         yield from read(piece)
