@@ -20,7 +20,7 @@ def test_every_line_is_in_one_piece_with_its_number(tmp_path, monkeypatch, rng):
         data = b"\n".join(lines) + rng.choice([b"", b"\n"])
         path.write_bytes(data)
         unit_bytes = rng.choice([1, 7, 100, 1000])
-        monkeypatch.setattr(plan, "SCAN_BYTES", rng.choice([3, 64, 1 << 20]))
+        monkeypatch.setattr(raw, "CHUNK_BYTES", rng.choice([3, 64, 1 << 20]))
         whole = Piece("x.jsonl", str(path), "jsonl", len(data))
         units = plan.group([whole], unit_bytes, cut=("jsonl",))
         pieces = [piece for unit in units for piece in unit.pieces]

@@ -1,5 +1,6 @@
 """The page about clean documents, its bill of materials, and what became of one document."""
 
+import gzip
 import hashlib
 import re
 from collections import Counter
@@ -190,6 +191,20 @@ def test_the_end_of_a_document_is_told_with_its_step(clean, capsys, id, source, 
         part for part in told(capsys, str(clean), id).split("\n\n") if f"of {source}:" in part
     ]
     assert f"{id} of {source}: {verdict}" in " ".join(found.split())
+
+
+def test_what_a_reader_could_not_read_is_told_beside_the_input(tmp_path, rng, capsys):
+    given, out = tmp_path / "in", tmp_path / "out"
+    given.mkdir()
+    for name in ("a.txt", "c.txt"):
+        (given / name).write_text(text(rng))
+    (given / "b.txt.gz").write_bytes(gzip.compress(text(rng, 4000).encode())[:-99])
+    line = ["--recipe", "plain", "--input", str(given), "--output", str(out), "--workers", "1"]
+    recipes.main([*line, "--max_quarantined", "1"])
+    for more in ((), ("--input", str(given))):
+        found = " ".join(told(capsys, str(out), "b.txt.gz", *more).split())
+        assert "b.txt.gz of out: 0 bytes, quarantined: damaged, not read to its end" in found
+        assert "bytes, kept" in told(capsys, str(out), "c.txt", *more)
 
 
 def test_an_unknown_id_is_a_sentence_with_the_nearest(clean, tmp_path):

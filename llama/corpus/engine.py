@@ -6,9 +6,10 @@ record that could not be used, with file, line and error) and journal.jsonl (wha
 bytes depend on input and options alone.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llama.corpus.executors import Executor
 from llama.corpus.journal import Record
 from llama.corpus.plan import LeftOut, Plan
 from llama.corpus.runner import Stage
-from llama.corpus.unit import Counts, Job, Work
+from llama.corpus.unit import Counts, Job
 
 STATS, QUARANTINE = "stats.json", "quarantine.jsonl.zst"
 # After this many documents a run that must pass its limit is stopped before its end.
@@ -56,19 +57,19 @@ class Summary:
         """Counts by input format, of the last part."""
         total = unit.no_counts()
         for done in self.units:
-            unit.add(total, done["counts"])
+            for format, groups in done["counts"].items():
+                unit.add(total[format], groups)
         return total
 
     @property
     def total(self) -> Mapping[str, Mapping[str, int]]:
         """Counts over all formats and parts: total["documents"]["out"], ["dropped"]["empty"]..."""
-        found = unit.no_counts()
+        total = defaultdict[str, Counter[str]](Counter)
         for groups in self.counts.values():
-            unit.add(found, {"all": groups})
-        total = found["all"]
+            unit.add(total, groups)
         if self.before:
             earlier = self.before.total
-            unit.add(found, {"all": {group: earlier.get(group, {}) for group in ENDS}})
+            unit.add(total, {group: earlier.get(group, {}) for group in ENDS})
             total["files"] = Counter(earlier["files"])
             for group in ("documents", "bytes"):
                 total[group]["in"] = earlier[group]["in"]
@@ -149,7 +150,7 @@ def stage(
     deadline_s: float = DEADLINE_S,
 ) -> Stage:
     """A recipe as a stage of the runner."""
-    work = Work(plan.read, tuple(steps), Path(output), deadline_s)
+    work = partial(unit.work, plan.read, tuple(steps), Path(output), deadline_s)
     jobs = [Job(u) for u in plan.units]
     limit = _limit(max_quarantined, {job.name: job.cost for job in jobs})
     label, folder = f"corpus {plan.recipe}", Path(output)
@@ -170,7 +171,17 @@ def conclude(
         _write_quarantine(summary)
         _check_quarantine(summary, max_quarantined)
         assert len(records) == len(plan.units), "a unit was neither done nor refused"
-        _write_stats(summary, plan, stage.header["plan"])
+        made = ((done["unit"], done["files"][done["unit"]]) for done in records)
+        stats = {
+            "recipe": plan.recipe,
+            "options": plan.options,
+            "plan": stage.header["plan"],
+            "total": summary.total,
+            "formats": summary.counts,
+            "left_out": left_out_by_reason(summary.left_out),
+            "outputs": [{"name": n, "bytes": s["bytes"], "sha256": s["sha256"]} for n, s in made],
+        }
+        files.write_json(stage.folder / STATS, stats)
     return summary
 
 
@@ -217,18 +228,3 @@ def _write_quarantine(summary: Summary) -> None:
         for done in summary.units:
             for record in done["quarantined"]:
                 out.write(orjson.dumps({**record, "unit": done["unit"]}))
-
-
-def _write_stats(summary: Summary, plan: Plan, hash: str) -> None:
-    made = ((done["unit"], done["files"][done["unit"]]) for done in summary.units)
-    outputs = [{"name": n, "bytes": s["bytes"], "sha256": s["sha256"]} for n, s in made]
-    stats = {
-        "recipe": plan.recipe,
-        "options": plan.options,
-        "plan": hash,
-        "total": summary.total,
-        "formats": summary.counts,
-        "left_out": left_out_by_reason(summary.left_out),
-        "outputs": outputs,
-    }
-    files.write_json(summary.output / STATS, stats)

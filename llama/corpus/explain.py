@@ -23,6 +23,7 @@ from llama.corpus import lineage, recipes
 from llama.corpus.document import Document, Passed, trace
 from llama.corpus.lineage import READING, Stage
 from llama.corpus.shuffle import is_global
+from llama.corpus.unit import to_its_end
 
 WIDTH, TEXT_CHARS, CANDIDATES = 80, 600, 100
 
@@ -109,7 +110,8 @@ def _again(stage: Stage, unit: int, id: str, *inputs: Path) -> tuple[dict[str, i
     plan = recipe.plan(options, [path])
     if plan.header()["inputs"] != header["inputs"]:
         raise UserError(f"--input {path} does not hold the files that {stage.folder} is made of")
-    items = (item for piece in plan.units[unit].pieces for item in plan.read(piece))
+    pieces = plan.units[unit].pieces
+    items = (item for piece in pieces for item in to_its_end(plan.read, piece))
     found = next((d for d in items if isinstance(d, Document) and d.id == id), None)
     if found is None:
         return {}, ""

@@ -6,10 +6,11 @@ since nothing else can stop a native parser.
 """
 
 import os
-import pickle
 import resource
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,30 +37,25 @@ def each(
     """
     answers: list[R | Failed | Died] = []
     while len(answers) < len(items):
-        receiving, sending = os.pipe()
+        receiving, sending = Pipe(duplex=False)
         child = os.fork()
         if child == 0:
             # nothing of the parent may be flushed or closed from here: leave without clean-up
             try:
-                os.close(receiving)
+                receiving.close()
                 for ending in (signal.SIGALRM, signal.SIGPROF):
                     signal.signal(ending, signal.SIG_DFL)
                 _limit_memory(memory_bytes)
-                with os.fdopen(sending, "wb") as pipe:
-                    for item in items[len(answers) :]:
-                        signal.setitimer(timer, deadline_s)
-                        pickle.dump(_answer(work, item), pipe)
-                        pipe.flush()
+                for item in items[len(answers) :]:
+                    signal.setitimer(timer, deadline_s)
+                    sending.send(_answer(work, item))
             finally:
                 os._exit(1)
-        os.close(sending)
-        with os.fdopen(receiving, "rb") as pipe:
-            try:
-                while True:
-                    answers.append(pickle.load(pipe))
-            except (EOFError, pickle.UnpicklingError):
-                # no more, or cut off within one
-                pass
+        sending.close()
+        # no more, or cut off within one
+        with receiving, suppress(EOFError, OSError):
+            while True:
+                answers.append(receiving.recv())
         _, status = os.waitpid(child, 0)
         if len(answers) < len(items):
             answers.append(Died(os.waitstatus_to_exitcode(status), None))

@@ -112,10 +112,9 @@ class Journal:
         # a line without its end was being written when the run was killed
         self._file.truncate(self._file.tell() - len(torn))
         with ThreadPoolExecutor() as threads:
-            whole = list(threads.map(self._intact, finished.values()))
-        self.finished = {
-            name: record for (name, record), ok in zip(finished.items(), whole, strict=True) if ok
-        }
+            whole = threads.map(self._intact, finished.values())
+            known = zip(finished.items(), whole, strict=True)
+            self.finished = {name: record for (name, record), ok in known if ok}
 
     def _intact(self, record: Record) -> bool:
         return all(intact(self.folder / name, s) for name, s in record["files"].items())

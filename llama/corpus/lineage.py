@@ -4,7 +4,7 @@ In: the --output of `run`, `dedup` or `all`. Out: per source the stages in the o
 documents went through them, each with its counts, its documents and the list of what it dropped.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,7 @@ from llama.corpus.shuffle import STAGES, WORK
 
 # So much is read of the lists of what a stage has dropped.
 LIST_BYTES = 1 << 28
-READING, SAMPLES = "reading", 2
-Samples = dict[str, list[tuple[str, str]]]
+READING = "reading"
 
 
 @dataclass(frozen=True)
@@ -66,19 +65,9 @@ class Stage:
         known = {n: {"bytes": s, "sha256": None} for n, s in header["inputs"].items()}
         return {name: hashed.get(name, entry) for name, entry in known.items()}
 
-    def ended(self) -> tuple[dict[str, Counter[str]], Samples, dict[str, Counter[str]]]:
-        """Step -> reason -> documents in the lists; by reason some ids with text or error; and
-        reason -> detail -> documents."""
-        steps: dict[str, Counter[str]] = defaultdict(Counter)
-        samples: Samples = defaultdict(list)
-        details: dict[str, Counter[str]] = defaultdict(Counter)
-        for line in map(orjson.loads, spread(self.lists, LIST_BYTES)):
-            steps[line["step"] or READING][line["reason"]] += 1
-            details[line["reason"]].update([line["detail"]] if "detail" in line else [])
-            text = line.get("error") or line.get("sample")
-            if text and len(samples[line["reason"]]) < SAMPLES:
-                samples[line["reason"]].append((line["id"], text))
-        return steps, samples, details
+    def ended(self) -> Iterator[dict[str, Any]]:
+        """What the lists say of documents that ended here, as far as they are read."""
+        return map(orjson.loads, spread(self.lists, LIST_BYTES))
 
 
 def sources(clean: Path) -> dict[str, list[Stage]]:

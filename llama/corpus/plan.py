@@ -12,7 +12,8 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ import orjson
 
 from llama import config
 from llama.cli import UserError, expect
+from llama.corpus import raw
 from llama.corpus.document import Item
 
 # Of the rule that makes units: another version on an unfinished output folder is another plan.
@@ -29,7 +31,6 @@ VERSION = 1
 FILE_COST_BYTES = 4096
 # Text compresses about three times; guessed by name, since a unit must be known before it is read.
 EXPANSION = dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip", ".parquet"), 3)
-SCAN_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -53,6 +54,13 @@ class LeftOut(NamedTuple):
     size: int = 0
 
 
+# What there is to read, and what is not read.
+Found = tuple[list[Piece], list[LeftOut]]
+# Documents of a piece; and of a recipe, given its options.
+Read = Callable[[Piece], Iterator[Item]]
+Reader = Callable[[Any, Piece], Iterator[Item]]
+
+
 class Unit(NamedTuple):
     """Pieces of input that become one output shard."""
 
@@ -74,7 +82,7 @@ class Plan:
 
     recipe: str
     options: dict[str, Any]
-    read: Callable[[Piece], Iterator[Item]]
+    read: Read
     units: tuple[Unit, ...]
     left_out: tuple[LeftOut, ...] = ()
 
@@ -115,9 +123,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def find(
-    inputs: Sequence[str | Path], format_of: Callable[[str], str | None]
-) -> tuple[list[Piece], list[LeftOut]]:
+def find(inputs: Sequence[str | Path], format_of: Callable[[str], str | None]) -> Found:
     """Every file under the inputs, sorted by name, as whole pieces; and what is left out.
 
     Names are relative to their input, behind that input's own name where several are given. Links
@@ -187,6 +193,13 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def laid_out(name: str, options: Any, read: Reader, found: Found, cut: Sequence[str] = ()) -> Plan:
+    """The plan of a recipe that reads what was found in units of about `options.unit_bytes`."""
+    pieces, left_out = found
+    units = group(pieces, options.unit_bytes, cut)
+    return Plan(name, asdict(options), partial(read, options), units, tuple(left_out))
+
+
 def group(pieces: Iterable[Piece], unit_bytes: int, cut: Sequence[str] = ()) -> tuple[Unit, ...]:
     """Units of about `unit_bytes` of text; files of the formats in `cut` hold a record a line."""
     expect(unit_bytes >= 1, f"unit_bytes is {unit_bytes}", "more than 0")
@@ -217,19 +230,12 @@ def _cut(piece: Piece, unit_bytes: int) -> list[Piece]:
     """A file cut behind the first newline at or after every multiple of `unit_bytes`."""
     if piece.size <= unit_bytes:
         return [piece]
-    starts, line, at = [(0, 1)], 1, 0
-    with open(piece.path, "rb") as file:
-        while chunk := file.read(SCAN_BYTES):
-            begin = 0
-            while (due := max(starts[-1][0] + unit_bytes, at + begin)) < at + len(chunk):
-                newline = chunk.find(b"\n", due - at)
-                if newline < 0:
-                    break
-                line += chunk.count(b"\n", begin, newline + 1)
-                begin = newline + 1
-                starts.append((at + begin, line))
-            line += chunk.count(b"\n", begin)
-            at += len(chunk)
+    starts, at = [(0, 1)], 0
+    # the sizes of lines, of which none is held
+    for number, (_, size) in enumerate(raw.lines(raw.chunks(piece.path), 0), 2):
+        at += size + 1
+        if at > starts[-1][0] + unit_bytes:
+            starts.append((min(at, piece.size), number))
     ends = [begin for begin, _ in starts[1:]] + [piece.size]
     return [
         piece._replace(begin=begin, size=end - begin, first_line=first)

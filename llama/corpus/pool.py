@@ -9,6 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
@@ -102,11 +103,9 @@ class _Hand(Generic[J]):
     def give(self, job: J) -> None:
         self.job = job
         self.place: int | None = None
-        try:
+        # it may have died between two jobs; listening will tell
+        with suppress(BrokenPipeError):
             self.pipe.send(job)
-        except BrokenPipeError:
-            # it died between two jobs; listening will tell
-            pass
 
     def listen(self) -> Any:
         """The job's answer, or None when it only told its place."""

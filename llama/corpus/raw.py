@@ -8,6 +8,7 @@ counted. `llama.files` reads what the project itself has written.
 import codecs
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from llama import files
@@ -35,9 +36,22 @@ class Binary(ValueError):
     """The bytes are no text."""
 
 
-def expansion_limit(size: int) -> int:
-    """Most bytes that a compressed file of this size may become."""
-    return max(RATIO_FLOOR_BYTES, MAX_RATIO * size)
+class Budget:
+    """So many bytes may come out of a compressed file; more is taken for a bomb."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.left = n_bytes
+
+    def spend(self, n_bytes: int) -> None:
+        """Count what was unpacked, or will be; raises ValueError when that is too much."""
+        self.left -= n_bytes
+        if self.left < 0:
+            raise ValueError(f"expands more than {MAX_RATIO} times: taken for a bomb")
+
+
+def budget_of(size: int) -> Budget:
+    """What a compressed file of this size may become."""
+    return Budget(max(RATIO_FLOOR_BYTES, MAX_RATIO * size))
 
 
 def chunks(path: str | Path, begin: int = 0, size: int | None = None) -> Iterator[bytes]:
@@ -47,24 +61,22 @@ def chunks(path: str | Path, begin: int = 0, size: int | None = None) -> Iterato
     """
     with open(path, "rb") as file:
         if Path(path).suffix in COMPRESSED:
-            limit = expansion_limit(os.fstat(file.fileno()).st_size)
-            found, damage = bytearray(), None
+            budget = budget_of(os.fstat(file.fileno()).st_size)
+            found = bytearray()
             try:
                 for chunk in files.inflated(file, Path(path).suffix, SIP_BYTES):
-                    limit -= len(chunk)
-                    if limit < 0:
-                        raise ValueError(f"expands more than {MAX_RATIO} times: taken for a bomb")
+                    budget.spend(len(chunk))
                     found += chunk
                     # readers copy what they wait with for every chunk that comes
                     if len(found) >= CHUNK_BYTES:
                         yield bytes(found)
                         found.clear()
-            except Exception as error:
-                damage = error
+            except Exception:
+                if found:
+                    yield bytes(found)
+                raise
             if found:
                 yield bytes(found)
-            if damage:
-                raise damage
             return
         file.seek(begin)
         left = os.fstat(file.fileno()).st_size - begin if size is None else size
@@ -108,6 +120,17 @@ def is_binary(data: bytes) -> bool:
     return (len(data) - len(data.translate(None, _CONTROLS))) * 100 > len(data)
 
 
+def mostly_utf8(data: bytes, share: int) -> str:
+    """Text in UTF-8 with damaged bytes, which become U+FFFD; nothing where of the characters that
+    are not ASCII one in `share` is damaged, or more. Raises `Binary` for many control characters.
+    """
+    if is_binary(data):
+        raise Binary("more than 1 % control characters")
+    text = data.decode("utf-8", "replace")
+    beyond_ascii = len(text) - len(text.encode("ascii", "ignore"))
+    return text if beyond_ascii > share * text.count("\ufffd") else ""
+
+
 def decode(data: bytes, encoding: str = "auto") -> tuple[str, str]:
     """(text, what it was decoded as). A byte order mark is believed, then `encoding`.
 
@@ -123,15 +146,9 @@ def decode(data: bytes, encoding: str = "auto") -> tuple[str, str]:
         raise Binary("NUL bytes")
     if encoding != "auto":
         return data.decode(encoding), codecs.lookup(encoding).name
-    try:
+    with suppress(UnicodeDecodeError):
         return data.decode(), "utf-8"
-    except UnicodeDecodeError:
-        pass
-    if is_binary(data):
-        raise Binary("more than 1 % control characters")
-    text = data.decode("utf-8", "replace")
-    damaged = text.count("\ufffd")
-    if len(text) - len(text.encode("ascii", "ignore")) > 2 * damaged:
+    if text := mostly_utf8(data, 2):
         return text, "utf-8 with damaged bytes"
     try:
         return data.decode("windows-1252"), "windows-1252"

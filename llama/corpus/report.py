@@ -20,7 +20,7 @@ import orjson
 from llama import cli, files, html
 from llama.cli import needed, show_bytes, show_count
 from llama.corpus import lineage
-from llama.corpus.lineage import READING, SAMPLES, Stage
+from llama.corpus.lineage import READING, Stage
 from llama.html import Picture, soft, tag
 from tokenizer.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ BILL = "bill_of_materials.json"
 TABLE_1 = files.read_yaml(Path(files.__file__).with_name("table_1.yaml"))
 BYTES_PER_TOKEN = 4
 LIBRARIES = "llama-pretraining numpy orjson zstandard pyarrow py7zr resiliparse py3langid datatrove"
-SAMPLE_CHARS, LISTED, INPUTS = 500, 12, 3
+SAMPLES, SAMPLE_CHARS, LISTED, INPUTS = 2, 500, 12, 3
 # What steps/perplexity.py says of a document that it drops: its perplexity, and its language.
 _PERPLEXITY = re.compile(r"perplexity ([\d.]+) in (\S+)")
 # Buckets of perplexity that end at a cut-off.
@@ -81,16 +81,22 @@ def look(stages: Sequence[Stage], tokenizer: Tokenizer | None, n_bytes: int) -> 
     clusters: dict[str, Entry] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for stage in stages:
-        ended, samples, details = stage.ended()
+        ended, copies = (defaultdict[str, Counter[str]](Counter) for _ in range(2))
+        samples = defaultdict[str, list[tuple[str, str]]](list)
+        for line in stage.ended():
+            reason, detail = line["reason"], line.get("detail", "")
+            ended[line["step"] or READING][reason] += 1
+            if is_duplicate(reason) and detail:
+                copies[reason][detail] += 1
+            if graded := _PERPLEXITY.fullmatch(detail):
+                found.perplexities.append((graded[2], float(graded[1]), reason))
+            text = line.get("error") or line.get("sample")
+            if text and len(samples[reason]) < SAMPLES:
+                samples[reason].append((line["id"], text))
         found.samples.update(samples)
-        for reason, copies in details.items():
-            if is_duplicate(reason) and copies:
-                # with the one that stays
-                clusters[reason] = {"clusters": len(copies), "largest": 1 + max(copies.values())}
-            told = ((_PERPLEXITY.fullmatch(detail), n) for detail, n in copies.items())
-            found.perplexities.extend(
-                (m[2], float(m[1]), reason) for m, n in told if m for _ in range(n)
-            )
+        for reason, each in copies.items():
+            # with the one that stays
+            clusters[reason] = {"clusters": len(each), "largest": 1 + max(each.values())}
         total = stage.total
         rows = [(READING, total["documents"]["in"], total["bytes"]["in"])] * (stage is first)
         rows += [(s, total["steps"][s], total["step_bytes"][s]) for s in stage.steps]

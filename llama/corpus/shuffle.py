@@ -51,14 +51,11 @@ class Global(Protocol):
     filled in after `map`, and "document", the place of a document in its shard from 0.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def records(self) -> np.dtype[Any]: ...
-
-    @property
-    def decisions(self) -> np.dtype[Any]: ...
+    name: str
+    records: np.dtype[Any]
+    decisions: np.dtype[Any]
+    # Decisions from the finds of each partition; None where these are decisions already.
+    resolve: Callable[[Iterator[Rows]], Rows] | None
 
     def map(self, unit: int, documents: Iterator[Document]) -> tuple[Rows, Rows]:
         """Records of a shard, and decisions that it takes by itself; a key should occur once, or
@@ -66,10 +63,6 @@ class Global(Protocol):
 
     def reduce(self, records: Rows) -> Rows:
         """Finds in a partition, sorted by key, equal ones in the order of the input."""
-
-    @property
-    def resolve(self) -> Callable[[Iterator[Rows]], Rows] | None:
-        """Decisions from the finds of each partition; None where these are decisions already."""
 
     def apply(self, document: Document, decisions: Rows) -> Item:
         """What becomes of a document about which there are decisions."""
@@ -113,19 +106,11 @@ class Shuffle:
         share = sum(sizes) // self.partitions
         maps = [Task(f"{i:05}", size, i) for i, size in enumerate(sizes)]
         partitions = [Task(f"{i:05}", share, i) for i in range(self.partitions)]
-        found = [
-            self._stage("map", maps, self._map, identity),
-            self._stage("reduce", partitions, self._reduce, identity),
-        ]
+        works = [("map", maps, self._map), ("reduce", partitions, self._reduce)]
         if self.step.resolve:
-            found.append(
-                self._stage("resolve", [Task("0", sum(sizes), 0)], self._resolve, identity)
-            )
-        return found
-
-    def _stage(self, name: str, tasks: list[Task], work: Any, identity: Record) -> Stage:
-        label = f"corpus {self.step.name}, {name}"
-        return Stage(label, self.folder / name, identity, tasks, work)
+            works.append(("resolve", [Task("0", sum(sizes), 0)], self._resolve))
+        label = f"corpus {self.step.name}, "
+        return [Stage(label + n, self.folder / n, identity, jobs, work) for n, jobs, work in works]
 
     def _map(self, task: Task, at: At) -> Record:
         # what has ended a worker is looked for in processes of their own
@@ -207,12 +192,11 @@ class Shuffle:
 
     def decisions(self, unit: int) -> Rows:
         """All that was decided about a shard, by document."""
-        stage, parts = ("resolve", ["0"]) if self.step.resolve else ("reduce", None)
-        parts = parts or [f"{i:05}" for i in range(self.partitions)]
         dtype, n = self.step.decisions, len(self.shards)
-        paths = [self.folder / stage / f"{part}.decisions" for part in parts]
+        parts = [f"reduce/{i:05}" for i in range(self.partitions)]
+        parts = ["resolve/0"] if self.step.resolve else parts
         found = [read_groups(self.folder / f"map/{unit:05}.decisions", dtype, 1)]
-        found += [read_groups(path, dtype, n, unit) for path in paths]
+        found += [read_groups(self.folder / f"{x}.decisions", dtype, n, unit) for x in parts]
         # sorted by all fields: not even their order may tell of the partitions
         return np.sort(np.concatenate(found), order=list(dtype.names or ()))
 

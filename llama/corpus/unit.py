@@ -8,7 +8,7 @@ is lost. The bytes written are the same either way.
 
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,8 @@ from llama.corpus.document import (
     trace,
 )
 from llama.corpus.journal import Record, stamp
-from llama.corpus.plan import Piece, Unit
-from llama.corpus.pool import Died, Failed, death
+from llama.corpus.plan import Piece, Read, Unit
+from llama.corpus.pool import At, Died, Failed, death
 from llama.files import LineWriter
 
 BATCH_DOCUMENTS = 64
@@ -44,21 +44,18 @@ SAMPLES = 20
 
 # Format of the input -> "documents", "bytes", "dropped", ... -> name -> count.
 Counts = defaultdict[str, defaultdict[str, Counter[str]]]
-PlainCounts = Mapping[str, Mapping[str, Mapping[str, int]]]
-
-
 Outcome = Item | Ended | Passed
 
 
 def no_counts() -> Counts:
-    return defaultdict(lambda: defaultdict(Counter))
+    # without a lambda, since they travel between processes
+    return defaultdict(partial(defaultdict, Counter))
 
 
-def add(total: Counts, more: PlainCounts) -> None:
-    """Add counts to counts."""
-    for format, groups in more.items():
-        for group, counter in groups.items():
-            total[format][group].update(counter)
+def add(total: Mapping[str, Counter[str]], more: Mapping[str, Mapping[str, int]]) -> None:
+    """Add counts to counts, group by group."""
+    for group, counter in more.items():
+        total[group].update(counter)
 
 
 class Job(NamedTuple):
@@ -85,54 +82,46 @@ class Job(NamedTuple):
         return self._replace(lost=(*self.lost, (died.place, death(died.code))))
 
 
-@dataclass
-class Work:
-    """What a worker needs to do units.
+def work(
+    read: Read, steps: Sequence[Step], folder: Path, deadline_s: float, job: Job, at: At
+) -> Record:
+    """Do one unit, in a worker: documents that `read` finds, through the steps, into the folder.
 
-    Args:
-        read: Documents of a piece.
-        steps: What documents go through.
-        folder: Where shards go.
-        deadline_s: Longest time for one document.
+    `deadline_s` is the longest time for one document; `at` is told which piece is being read, in
+    case the reader crashes.
     """
+    tally = _Tally()
+    lost = dict(job.lost)
+    names = job.name, DROPPED.format(job.name.partition(".")[0])
+    path, aside = (folder / name for name in names)
+    with LineWriter(path) as out, LineWriter(aside) as dropped:
+        for i, piece in enumerate(job.unit.pieces):
+            if job.careful:
+                at(i)
+            files = tally.counts[piece.format]["files"]
+            files.update(read=int(piece.begin == 0), bytes=piece.size)
+            items: Iterable[Item] = to_its_end(read, piece)
+            if i in lost:
+                items = [Dropped(piece.name, "crash", piece.size, f"the reader {lost[i]}")]
+            for batch in _batches(items, piece.format, tally):
+                for item in _applied(steps, batch, deadline_s, job.careful):
+                    tally.end(piece.format, item, out, dropped)
+    return {
+        "unit": job.name,
+        "files": {name: stamp(folder / name) for name in names},
+        "counts": tally.counts,
+        "quarantined": tally.listed,
+    }
 
-    read: Callable[[Piece], Iterator[Item]]
-    steps: Sequence[Step]
-    folder: Path
-    deadline_s: float
 
-    def __call__(self, job: Job, at: Callable[[int], None]) -> Record:
-        """Do one unit; `at` is told which piece is being read, in case the reader crashes."""
-        tally = _Tally()
-        lost = dict(job.lost)
-        names = job.name, DROPPED.format(job.name.partition(".")[0])
-        path, aside = (self.folder / name for name in names)
-        with LineWriter(path) as out, LineWriter(aside) as dropped:
-            for i, piece in enumerate(job.unit.pieces):
-                if job.careful:
-                    at(i)
-                tally.file(piece)
-                items: Iterable[Item] = self._read(piece)
-                if i in lost:
-                    items = [Dropped(piece.name, "crash", piece.size, f"the reader {lost[i]}")]
-                for batch in _batches(items, piece.format, tally):
-                    for item in _applied(self.steps, batch, self.deadline_s, job.careful):
-                        tally.end(piece.format, item, out, dropped)
-        return {
-            "unit": job.name,
-            "files": {name: stamp(self.folder / name) for name in names},
-            "counts": tally.plain(),
-            "quarantined": tally.listed,
-        }
-
-    def _read(self, piece: Piece) -> Iterator[Item]:
-        """The reader's items; where it fails, the rest of the piece is one quarantined record."""
-        try:
-            yield from self.read(piece)
-        except Exception as error:
-            of_the_system = isinstance(error, OSError) and error.errno is not None
-            reason = "unreadable" if of_the_system else "damaged"
-            yield Dropped(piece.name, reason, 0, f"not read to its end: {describe(error)}")
+def to_its_end(read: Read, piece: Piece) -> Iterator[Item]:
+    """The reader's items; where it fails, the rest of the piece is one quarantined record."""
+    try:
+        yield from read(piece)
+    except Exception as error:
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        reason = "unreadable" if of_the_system else "damaged"
+        yield Dropped(piece.name, reason, 0, f"not read to its end: {describe(error)}")
 
 
 @dataclass
@@ -142,11 +131,6 @@ class _Tally:
     counts: Counts = field(default_factory=no_counts)
     listed: list[dict[str, str]] = field(default_factory=list)
     samples: Counter[str] = field(default_factory=Counter)
-
-    def file(self, piece: Piece) -> None:
-        self.counts[piece.format]["files"].update(
-            {"read": int(piece.begin == 0), "bytes": piece.size}
-        )
 
     def begin(self, format: str, item: Document | Dropped) -> None:
         """A document that the reader has found, whatever becomes of it."""
@@ -194,13 +178,6 @@ class _Tally:
         if ended.sample and self.samples[reason] <= SAMPLES:
             line["sample"] = _valid(ended.sample)
         return orjson.dumps(line)
-
-    def plain(self) -> dict[str, dict[str, dict[str, int]]]:
-        """The counts as plain dictionaries, which travel between processes."""
-        return {
-            format: {group: dict(counter) for group, counter in groups.items()}
-            for format, groups in self.counts.items()
-        }
 
 
 def _valid(text: str) -> str:

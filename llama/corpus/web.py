@@ -8,6 +8,7 @@ bytes agree.
 import codecs
 import re
 import zlib
+from contextlib import suppress
 
 import brotli
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
@@ -124,22 +125,14 @@ def decode(data: bytes, charset: str = "") -> tuple[str, str]:
         if (b"\0" if declared.startswith("utf") else b"\x1b") in data[:_HEAD_BYTES]:
             return data.decode(declared, "replace"), "declared"
         declared = ""
-    try:
+    with suppress(UnicodeDecodeError):
         return data.decode(), "utf-8"
-    except UnicodeDecodeError:
-        pass
-    if raw.is_binary(data):
-        raise raw.Binary
-    text = data.decode("utf-8", "replace")
-    damaged = text.count("\ufffd")
-    if len(text) - len(text.encode("ascii", "ignore")) > _DAMAGED * damaged > 0:
+    if text := raw.mostly_utf8(data, _DAMAGED):
         return text, "replaced"
     for how, name in (("declared", declared), ("detected", _codec(detect_encoding(data) or ""))):
-        try:
+        with suppress(UnicodeDecodeError):
             if name and not name.startswith("utf-16"):
                 return data.decode(name), how
-        except UnicodeDecodeError:
-            pass
     return data.decode(declared or "windows-1252", "replace"), "replaced"
 
 

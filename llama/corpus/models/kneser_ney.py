@@ -259,7 +259,9 @@ def _build(
     values = table.view(np.float32)
     for row, key, probability, weight in zip(rows, keys, probabilities, weights, strict=True):
         table[row, 0] = key
-        values[row, 2:] = _log10(np.stack((probability, weight), axis=1))
+        # a discount of nothing leaves nothing to what was never seen; not so here
+        pairs = np.maximum(np.stack((probability, weight), axis=1), 1e-30)
+        values[row, 2:] = np.log10(pairs)
     table[0] = _MAGIC, zlib.crc32(table[1:].data)
     return table
 
@@ -267,8 +269,3 @@ def _build(
 def _home(keys: NDArray[np.uint64], size: np.uint64) -> NDArray[np.uint64]:
     """The row of a table of `size` rows where the search for a key begins."""
     return ((keys * _SPREAD) >> _HALF) * size >> _HALF
-
-
-def _log10(x: Floats) -> Floats:
-    # a discount of nothing leaves nothing to what was never seen; not so here
-    return np.log10(np.maximum(x, 1e-30))

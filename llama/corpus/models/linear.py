@@ -10,7 +10,7 @@ Weights are whole numbers: their sums are exact, whatever the order in which a m
 import unicodedata
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,10 @@ class Linear:
 
     def save(self, path: str | Path) -> None:
         """Write it; the same classifier makes the same bytes."""
+        found: dict[str, Any] = {f.name: np.array(getattr(self, f.name)) for f in fields(self)}
+        found["weights"] = self.weights.astype(np.int16)
         with atomic_file(path) as file:
-            np.savez(
-                file,
-                kind=np.array(self.kind),
-                labels=np.array(self.labels),
-                weights=self.weights.astype(np.int16),
-                unit=np.array(self.unit),
-                alphabet=self.alphabet,
-            )
+            np.savez(file, **found)
 
     @staticmethod
     def load(path: str | Path) -> "Linear":

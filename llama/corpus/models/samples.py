@@ -87,7 +87,7 @@ def write(
     }
     seen: dict[str, set[int]] = defaultdict(set)
     with ExitStack() as stack:
-        out = {k: stack.enter_context(LineWriter(_path(folder, k))) for k in last}
+        out = {k: stack.enter_context(LineWriter(folder / f"{k}.zst")) for k in last}
         for kind, key, group, text in _kinds(wikipedia, crawl, known):
             if key <= last.get(kind, -1) and key not in seen[kind]:
                 seen[kind].add(key)
@@ -97,7 +97,7 @@ def write(
 
 def read(folder: Path, kind: str) -> Iterator[Text]:
     """The documents of a kind that were chosen."""
-    return (Text(*orjson.loads(line)) for line in read_lines(_path(folder, kind)))
+    return (Text(*orjson.loads(line)) for line in read_lines(folder / f"{kind}.zst"))
 
 
 def address(url: str) -> str:
@@ -138,7 +138,3 @@ def _meta(document: Mapping[str, Any], name: str) -> str:
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
-
-
-def _path(folder: Path, kind: str) -> Path:
-    return folder / f"{kind}.zst"

@@ -16,7 +16,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +24,7 @@ from typing import Any
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, describe
-from llama.corpus.plan import Piece, Plan, find, group
+from llama.corpus.plan import Piece, Plan, find, laid_out
 from llama.corpus.steps import latex, text
 from llama.corpus.steps.exact import Exact
 
@@ -57,9 +57,7 @@ class Options:
 
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the archives below `inputs`."""
-    pieces, left_out = find(inputs, _format_of)
-    units = group(pieces, options.unit_bytes)
-    return Plan("arxiv", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("arxiv", options, read, find(inputs, _format_of))
 
 
 def steps(options: Options) -> list[Any]:

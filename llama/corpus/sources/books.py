@@ -10,7 +10,7 @@ Drop reasons: `empty`, `short`, `contained`, and those of `plain` for files and 
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from llama import files
 from llama.cli import expect
 from llama.config import Count
 from llama.corpus.document import Document, Item, Noted
-from llama.corpus.plan import Piece, Plan, find, group
+from llama.corpus.plan import Piece, Plan, find, laid_out
 from llama.corpus.sources import plain
 from llama.corpus.steps import text
 from llama.corpus.steps.containment import Containment
@@ -60,9 +60,7 @@ class Options:
 def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     """Lay out the books below `inputs`."""
     expect(0 <= options.overlap <= 1, f"overlap is {options.overlap}", "a share from 0 to 1")
-    pieces, left_out = find(inputs, _format_of)
-    units = group(pieces, options.unit_bytes)
-    return Plan("books", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("books", options, read, find(inputs, _format_of))
 
 
 def steps(options: Options) -> list[Any]:

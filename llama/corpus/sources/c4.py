@@ -11,7 +11,7 @@ steps/c4_rules.py. Quarantined: as `plain`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from llama.cli import UserError
 from llama.config import Count
 from llama.corpus.document import Document, Item
-from llama.corpus.plan import Piece, Plan, find, group
+from llama.corpus.plan import Piece, Plan, find, laid_out
 from llama.corpus.sources import plain
 from llama.corpus.steps import text
 from llama.corpus.steps.c4_rules import bad_word_pattern, c4_rules
@@ -58,9 +58,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
         raise UserError(f"bad_words is {options.bad_words!r}, but rules is none: it has no effect")
     if options.bad_words:
         bad_word_pattern(options.bad_words)
-    pieces, left_out = find(inputs, _format_of)
-    units = group(pieces, options.unit_bytes, cut=("jsonl",))
-    return Plan("c4", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("c4", options, read, find(inputs, _format_of), cut=("jsonl",))
 
 
 def steps(options: Options) -> list[Any]:

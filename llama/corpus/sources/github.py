@@ -24,7 +24,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from llama.cli import UserError
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
-from llama.corpus.plan import LeftOut, Piece, Plan, group, printable
+from llama.corpus.plan import LeftOut, Piece, Plan, laid_out, printable
 from llama.corpus.sources import licences
 from llama.corpus.sources.licences import Evidence
 from llama.corpus.steps import code, text
@@ -88,8 +88,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
         for piece in _repositories(top, left_out):
             if pieces.setdefault(piece.name, piece) is not piece:
                 raise UserError(f"--input holds two repositories {piece.name}: ids would clash")
-    units = group(sorted(pieces.values()), options.unit_bytes)
-    return Plan("github", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("github", options, read, (sorted(pieces.values()), left_out))
 
 
 def steps(options: Options) -> list[Step]:
@@ -152,42 +151,40 @@ def _tree(top: str) -> Iterator[Member]:
 
 
 class _Bounded:
-    """A stream that gives no more than a limit, and until the next member no more than `near`: a
-    header within may ask for all of a bomb."""
+    """A stream within a budget, and within `near` until the next member: a header may ask for all
+    of a bomb."""
 
-    def __init__(self, file: Any, limit: int) -> None:
-        self.file, self.left, self.near = file, limit, _MAX_HEADER_BYTES
+    def __init__(self, file: Any, budget: raw.Budget) -> None:
+        self.file, self.budget, self.near = file, budget, raw.Budget(_MAX_HEADER_BYTES)
 
     def read(self, size: int) -> bytes:
         data: bytes = self.file.read(size)
-        self.left, self.near = self.left - len(data), self.near - len(data)
-        if min(self.left, self.near) < 0:
-            raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+        self.budget.spend(len(data))
+        self.near.spend(len(data))
         return data
 
 
 def _tar(path: str) -> Iterator[Member]:
-    limit = raw.expansion_limit(os.path.getsize(path))
+    budget = raw.budget_of(os.path.getsize(path))
     with open(path, "rb") as file:
         opened = _OPEN.get(file.read(2), open)
     with opened(path, "rb") as file:
-        stream: Any = _Bounded(file, limit)
+        stream: Any = _Bounded(file, budget)
         tar = tarfile.open(fileobj=stream, mode="r|")
         for info in tar:
             # tarfile would remember every one
             tar.members = []  # type: ignore[attr-defined]
-            stream.near = info.size + _MAX_HEADER_BYTES
+            stream.near = raw.Budget(info.size + _MAX_HEADER_BYTES)
             if not info.isdir():
                 member = tar.extractfile(info) if info.isreg() else None
                 yield Member(info.name, info.size, member.read if member else None)
 
 
 def _zip(path: str) -> Iterator[Member]:
-    left = raw.expansion_limit(os.path.getsize(path))
+    budget = raw.budget_of(os.path.getsize(path))
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if (left := left - info.file_size) < 0:
-                raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+            budget.spend(info.file_size)
             if not info.is_dir():
                 link = stat.S_ISLNK(info.external_attr >> 16)
                 read = None if link else partial(archive.read, info)

@@ -13,7 +13,7 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from llama.cli import UserError
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Step
-from llama.corpus.plan import LeftOut, Piece, Plan, find, group
+from llama.corpus.plan import LeftOut, Piece, Plan, find, laid_out
 from llama.corpus.steps import text
 
 _TOPICS = "pydoc_data/topics.py"
@@ -67,8 +67,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
             left_out.append(LeftOut(piece.name, "max_bytes", piece.size))
     if not kept:
         raise UserError(f"part {options.part} found nothing to read below {folder}")
-    units = group(sorted(kept), options.unit_bytes)
-    return Plan("installed", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("installed", options, read, (sorted(kept), left_out))
 
 
 def steps(options: Options) -> list[Step]:

@@ -12,7 +12,7 @@ Drop reasons: `empty`, `short`, `binary`, `too_large`, `suffix` (of a member), `
 
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +23,7 @@ from llama.cli import CORPUS_EXTRA, UserError, needed
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted, Step, describe
-from llama.corpus.plan import Piece, Plan, find, group
+from llama.corpus.plan import Piece, Plan, find, laid_out
 from llama.corpus.sources import stackexchange
 from llama.corpus.steps import code, text
 
@@ -65,8 +65,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
     pieces, left_out = find(inputs, format_of)
     if any(piece.format == "parquet" for piece in pieces):
         needed("pyarrow.parquet", "reading .parquet", CORPUS_EXTRA)
-    units = group(pieces, options.unit_bytes, cut=("jsonl", "posts"))
-    return Plan("plain", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("plain", options, read, (pieces, left_out), cut=("jsonl", "posts"))
 
 
 def steps(options: Options) -> list[Step]:
@@ -86,8 +85,7 @@ def format_of(name: str) -> str | None:
 
 def read(options: Options, piece: Piece) -> Iterator[Item]:
     """Documents of one piece of input."""
-    readers = {"jsonl": _json_lines, "json": _json_lines, "posts": _posts}
-    readers |= {"parquet": _parquet, "zip": _zip}
+    readers = {"jsonl": _lines, "json": _lines, "posts": _lines, "parquet": _parquet, "zip": _zip}
     yield from readers.get(piece.format.partition(".")[0], _file)(options, piece)
 
 
@@ -113,43 +111,36 @@ def _whole(options: Options, id: str, data: bytes | None, size: int) -> Iterator
         yield Document(id, content, options.source, {})
 
 
-def _lines(options: Options, piece: Piece) -> Iterator[tuple[str, bytes | Dropped]]:
-    """(id, line) of a piece of a file of lines."""
+def _lines(options: Options, piece: Piece) -> Iterator[Item]:
+    """Documents of a piece of a file of lines."""
     chunks = raw.chunks(piece.path, piece.begin, piece.size)
     lines = raw.lines(chunks, options.max_document_bytes)
     for number, (line, size) in enumerate(lines, piece.first_line):
         id = f"{piece.name}:{number}"
-        yield id, Dropped(id, "too_large", size) if line is None else line
+        if line is None:
+            yield Dropped(id, "too_large", size)
+        elif piece.format.startswith("posts"):
+            yield from _posts(options, id, line)
+        else:
+            item = _json_document(options, id, line)
+            # a source tree holds .json files that are settings, and no data at all
+            if number == 1 and piece.format == "json" and not isinstance(item, Document):
+                yield Dropped(piece.name, "not_json_lines", piece.size)
+                return
+            yield item
 
 
-def _posts(options: Options, piece: Piece) -> Iterator[Item]:
+def _posts(options: Options, id: str, line: bytes) -> Iterator[Item]:
     """A document per post; the recipe stackexchange joins questions with their answers."""
-    for id, line in _lines(options, piece):
-        if isinstance(line, Dropped):
-            yield line
-            continue
-        rows = stackexchange.Rows(id, options.max_document_bytes)
-        for i, row in enumerate([*rows.feed(line), *rows.end()]):
-            place = f"{id}.{i}" if i else id
-            if isinstance(row, Dropped):
-                yield row._replace(id=place)
-            else:
-                meta: dict[str, Any] = {k: row[k] for k in ("Id", "PostTypeId") if k in row}
-                body = stackexchange.strip_tags(row.get("Body", "")).strip()
-                yield Document(place, body, options.source, meta)
-
-
-def _json_lines(options: Options, piece: Piece) -> Iterator[Item]:
-    for i, (id, line) in enumerate(_lines(options, piece)):
-        if isinstance(line, Dropped):
-            yield line
-            continue
-        item = _json_document(options, id, line)
-        # a source tree holds .json files that are settings, and no data at all
-        if i == 0 and piece.format == "json" and not isinstance(item, Document):
-            yield Dropped(piece.name, "not_json_lines", piece.size)
-            return
-        yield item
+    rows = stackexchange.Rows(id, options.max_document_bytes)
+    for i, row in enumerate([*rows.feed(line), *rows.end()]):
+        place = f"{id}.{i}" if i else id
+        if isinstance(row, Dropped):
+            yield row._replace(id=place)
+        else:
+            meta: dict[str, Any] = {k: row[k] for k in ("Id", "PostTypeId") if k in row}
+            body = stackexchange.strip_tags(row.get("Body", "")).strip()
+            yield Document(place, body, options.source, meta)
 
 
 def _json_document(options: Options, id: str, line: bytes) -> Item:
@@ -198,7 +189,7 @@ def _parquet(options: Options, piece: Piece) -> Iterator[Item]:
 
 
 def _zip(options: Options, piece: Piece) -> Iterator[Item]:
-    left = raw.expansion_limit(piece.size)
+    budget = raw.budget_of(piece.size)
     with zipfile.ZipFile(piece.path) as archive:
         for member in archive.infolist():
             name = member.filename
@@ -209,9 +200,8 @@ def _zip(options: Options, piece: Piece) -> Iterator[Item]:
                 yield Dropped(id, "hidden", member.file_size)
             elif format_of(name) not in _WHOLE_FILES:
                 yield Dropped(id, "suffix", member.file_size)
-            elif (left := left - member.file_size) < 0:
-                raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
             else:
+                budget.spend(member.file_size)
                 yield from _member(options, archive, member, id)
 
 

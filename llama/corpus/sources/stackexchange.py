@@ -150,12 +150,10 @@ def _stream(piece: Piece, take: Callable[[bytes], Any]) -> None:
     class Sink(NullIO):
         """What py7zr writes a member to."""
 
-        left = raw.expansion_limit(piece.size)
+        budget = raw.budget_of(piece.size)
 
         def write(self, s: bytes | bytearray) -> int:
-            self.left -= len(s)
-            if self.left < 0:
-                raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+            self.budget.spend(len(s))
             take(bytes(s))
             return len(s)
 
@@ -166,8 +164,7 @@ def _stream(piece: Piece, take: Callable[[bytes], Any]) -> None:
     with py7zr.SevenZipFile(piece.path) as archive:
         listed = archive.list()
         # what lies before it in a solid archive is unpacked too
-        if sum(m.uncompressed for m in listed) > raw.expansion_limit(piece.size):
-            raise ValueError(f"expands more than {raw.MAX_RATIO} times: taken for a bomb")
+        raw.budget_of(piece.size).spend(sum(m.uncompressed for m in listed))
         members = [m.filename for m in listed if _is_posts(m.filename) and m.is_file]
         if not members:
             raise ValueError("the archive holds no Posts.xml")

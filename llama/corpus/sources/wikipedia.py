@@ -13,7 +13,8 @@ import bz2
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from llama.cli import expect
 from llama.config import Count
 from llama.corpus import raw
 from llama.corpus.document import Document, Dropped, Item, Noted
-from llama.corpus.plan import LeftOut, Piece, Plan, find, group
+from llama.corpus.plan import LeftOut, Piece, Plan, find, laid_out
 from llama.corpus.steps import text, wikitext
 from llama.corpus.steps.exact import Exact
 
@@ -30,6 +31,8 @@ LANGUAGES = "bg ca cs da de en es fr hr hu it nl pl pt ro ru sl sr sv uk".split(
 _NAME = re.compile(r"\.xml(-p\d+p\d+[\w-]*)?(\.bz2|\.gz|\.zst)?$")
 _STREAM = re.compile(rb"BZh[1-9]1AY&SY")
 _MAX_PAGE_BYTES = 64_000_000
+# Compressed bytes at a time: what is left of them when a stream ends is copied.
+_SIP_BYTES = 1 << 18
 _FILE_SPACE, _CATEGORY_SPACE = "6", "14"
 
 
@@ -71,8 +74,7 @@ def plan(options: Options, inputs: Sequence[Path]) -> Plan:
             kept += _cut(piece, options.unit_bytes)
         else:
             left_out.append(LeftOut(piece.name, f"language {language or 'unknown'}", piece.size))
-    units = group(kept, options.unit_bytes)
-    return Plan("wikipedia", asdict(options), partial(read, options), units, tuple(left_out))
+    return laid_out("wikipedia", options, read, (kept, left_out))
 
 
 def steps(options: Options) -> list[Any]:
@@ -99,45 +101,37 @@ def _chunks(path: str, format: str, begin: int = 0, size: int | None = None) -> 
         yield from raw.chunks(path)
         return
     with open(path, "rb") as file:
-        file.seek(begin)
-        data, at, end = b"", begin, None if size is None else begin + size
-        left = raw.expansion_limit(os.fstat(file.fileno()).st_size)
-        while True:
-            # the next stream's first bytes
-            while not (match := _STREAM.search(data)):
-                more = file.read(raw.CHUNK_BYTES)
-                if not more:
-                    return
-                at, data = at + max(0, len(data) - 9), data[-9:] + more
-            at, data = at + match.start(), data[match.start() :]
-            if end is not None and at >= end:
+        total = os.fstat(file.fileno()).st_size
+        budget, at, end = raw.budget_of(total), begin, total if size is None else begin + size
+        while sip := os.pread(file.fileno(), _SIP_BYTES, at):
+            if not (match := _STREAM.search(sip)):
+                # it may hold the first bytes of what is looked for
+                at += max(1, len(sip) - 9)
+                continue
+            at, stream = at + match.start(), bz2.BZ2Decompressor()
+            if at >= end:
                 return
-            stream = bz2.BZ2Decompressor()
             while not stream.eof:
-                if not data and stream.needs_input and not (data := file.read(raw.CHUNK_BYTES)):
-                    raise EOFError(f"the last stream is cut off at byte {file.tell()}")
-                if chunk := stream.decompress(data, raw.CHUNK_BYTES):
-                    if (left := left - len(chunk)) < 0:
-                        times = f"expands more than {raw.MAX_RATIO} times"
-                        raise ValueError(f"{times}: taken for a bomb")
+                sip = os.pread(file.fileno(), _SIP_BYTES, at) if stream.needs_input else b""
+                if not sip and stream.needs_input:
+                    raise EOFError(f"the last stream is cut off at byte {at}")
+                at += len(sip)
+                if chunk := stream.decompress(sip, raw.CHUNK_BYTES):
+                    budget.spend(len(chunk))
                     yield chunk
-                data = b""
-            data = stream.unused_data
-            at = file.tell() - len(data)
+            at -= len(stream.unused_data)
 
 
 @lru_cache
 def _site(path: str, name: str) -> Site:
     """From the file's name, as in dewiki-latest-pages-articles.xml.bz2, and the dump's head."""
     head = b""
-    try:
+    # told when the pages are read
+    with suppress(OSError, EOFError, ValueError):
         for chunk in _chunks(path, _format_of(name) or "xml"):
             head += chunk
             if b"</siteinfo>" in head or len(head) > 1 << 20:
                 break
-    except (OSError, EOFError, ValueError):
-        # told when the pages are read
-        pass
     content = head.partition(b"</siteinfo>")[0].decode("utf-8", "replace")
     spaces = dict(re.findall(r'<namespace key="(-?\d+)"[^<>]*>([^<]*)</', content))
     # an export of another wiki's pages may carry the head of the one that made it

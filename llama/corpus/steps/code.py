@@ -19,18 +19,12 @@ from llama.corpus.document import Document, Item, Noted
 from llama.corpus.sources.licences import judge, read_text, words
 
 _TABLES = files.read_yaml(Path(__file__).with_suffix(".yaml"))
-_FAMILIES = [(family["marks"], family["languages"]) for family in _TABLES.pop("families")]
-_MARKS = {
-    name: [mark.split("~") for mark in marks]
-    for marks, languages in _FAMILIES
-    for name in languages
-}
-_BY_NAME = {
-    suffix: name
-    for _, languages in _FAMILIES
-    for name, suffixes in languages.items()
-    for suffix in suffixes.split()
-}
+_MARKS: dict[str, list[list[str]]] = {}
+_BY_NAME: dict[str, str] = {}
+for _family in _TABLES.pop("families"):
+    for _name, _suffixes in _family["languages"].items():
+        _MARKS[_name] = [mark.split("~") for mark in _family["marks"]]
+        _BY_NAME |= dict.fromkeys(_suffixes.split(), _name)
 _ANY = {name: "|".join(said) for name, said in _TABLES.items()}
 
 MAX_LINE, MAX_MEAN_LINE, MIN_ALPHANUMERIC = 1000, 100, 0.25

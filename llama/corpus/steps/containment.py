@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama.corpus.document import Document, Item
-from llama.corpus.groups import table
+from llama.corpus.groups import Rows, table
 from llama.corpus.steps.words import in_a_row, words
 
 WORDS, ONE_IN = 5, 32
@@ -39,14 +38,14 @@ class Containment:
     decisions = np.dtype([("unit", "<u4"), ("document", "<u4")])
     finds = np.dtype([("first", "<u8"), ("second", "<u8"), ("shared", "<u4")])
 
-    def map(self, unit: int, documents: Iterator[Document]) -> tuple[NDArray, NDArray]:
+    def map(self, unit: int, documents: Iterator[Document]) -> tuple[Rows, Rows]:
         """The chosen shingles of every book."""
         found = []
         for number, document in enumerate(documents):
             found.append(table(self.records, key=shingles(document.text), document=number))
         return np.concatenate([np.zeros(0, self.records), *found]), np.zeros(0, self.decisions)
 
-    def reduce(self, records: NDArray) -> NDArray:
+    def reduce(self, records: Rows) -> Rows:
         """How many shingles each book has here, and each two books have in common."""
         books = records["unit"].astype("<u8") << np.uint64(32) | records["document"]
         starts = np.flatnonzero(np.r_[True, records["key"][1:] != records["key"][:-1]])
@@ -64,7 +63,7 @@ class Containment:
         found, counts = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
         return table(self.finds, first=found[:, 0], second=found[:, 1], shared=counts)
 
-    def resolve(self, finds: Iterator[NDArray]) -> NDArray:
+    def resolve(self, finds: Iterator[Rows]) -> Rows:
         """Longest first: a book goes when enough of it is in one that stays."""
         shared: dict[tuple[int, int], int] = {}
         for first, second, n in (row for part in finds for row in part.tolist()):
@@ -78,21 +77,19 @@ class Containment:
         gone: set[int] = set()
         for book in sorted(size, key=lambda book: (size[book], -book)):
             least = max(self.overlap * size[book], MIN_SHINGLES)
-            longer = (
-                other
+            if any(
+                n >= least and other not in gone and (size[other], -other) > (size[book], -book)
                 for other, n in others.get(book, ())
-                if n >= least and other not in gone and (size[other], -other) > (size[book], -book)
-            )
-            if next(longer, None) is not None:
+            ):
                 gone.add(book)
         found = np.array(sorted(gone), "<u8")
         return table(self.decisions, unit=found >> np.uint64(32), document=found & 0xFFFFFFFF)
 
-    def apply(self, document: Document, decisions: NDArray) -> Item:
+    def apply(self, document: Document, decisions: Rows) -> Item:
         return document.dropped("contained")
 
 
-def shingles(text: str) -> NDArray:
+def shingles(text: str) -> Rows:
     """Hashes (n,) uint64 of the chosen shingles of a text, each once."""
     rows = in_a_row(words(text).hashes, WORDS)
     return np.unique(rows[rows % np.uint64(ONE_IN) == 0])

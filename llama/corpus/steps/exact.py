@@ -13,11 +13,10 @@ from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama.cli import expect
 from llama.corpus.document import Document, Item
-from llama.corpus.groups import narrowed, repeats, table
+from llama.corpus.groups import Rows, narrowed, repeats, table
 
 _REASONS = {"text": "exact_duplicate", "url": "url_duplicate", "id": "id_duplicate"}
 # What C4 does not count as part of an address: scheme, www., tracking, a slash at the end.
@@ -42,7 +41,7 @@ class Exact:
     def __post_init__(self) -> None:
         expect(self.same in _REASONS, f"same is {self.same!r}", f"one of {', '.join(_REASONS)}")
 
-    def map(self, unit: int, documents: Iterator[Document]) -> tuple[NDArray, NDArray]:
+    def map(self, unit: int, documents: Iterator[Document]) -> tuple[Rows, Rows]:
         """The hash of every document; one without an address is like no other."""
         numbers, hashes = [], bytearray()
         for number, document in enumerate(documents):
@@ -63,9 +62,9 @@ class Exact:
             return _NO_ADDRESS.sub("", str(document.meta.get("url") or "")).rstrip("/") or None
         return document.id if self.same == "id" else document.text.strip()
 
-    def reduce(self, records: NDArray) -> NDArray:
+    def reduce(self, records: Rows) -> Rows:
         """All but the first of each key."""
         return narrowed(records[repeats(records, "key", "key2")], self.decisions)
 
-    def apply(self, document: Document, decisions: NDArray) -> Item:
+    def apply(self, document: Document, decisions: Rows) -> Item:
         return document.dropped(_REASONS[self.same], detail=f"{decisions['key'][0]:016x}")

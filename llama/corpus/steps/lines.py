@@ -15,10 +15,9 @@ from hashlib import sha1
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llama.corpus.document import Document, Item
-from llama.corpus.groups import narrowed, repeats, table
+from llama.corpus.groups import Rows, narrowed, repeats, table
 
 _PLACE = [("unit", "<u4"), ("document", "<u4"), ("line", "<u4")]
 _DIGEST = np.dtype([("key", "<u8"), ("rest", "V12")])
@@ -50,7 +49,7 @@ class Lines:
     decisions = np.dtype(_PLACE)
     resolve = None
 
-    def map(self, unit: int, documents: Iterator[Document]) -> tuple[NDArray, NDArray]:
+    def map(self, unit: int, documents: Iterator[Document]) -> tuple[Rows, Rows]:
         """The hash of every line."""
         parts = [np.zeros(0, self.records)]
         for number, document in enumerate(documents):
@@ -71,14 +70,14 @@ class Lines:
             records["key"] ^= np.uint64((unit // self.group_shards + 1) * _ODD % (1 << 64))
         return records, narrowed(decided, self.decisions)
 
-    def reduce(self, records: NDArray) -> NDArray:
+    def reduce(self, records: Rows) -> Rows:
         """Lines of a key that several shards have, all or all but the first."""
         again = repeats(records, "key")
         if self.copies == "none":
             again |= np.append(again[1:], False)
         return narrowed(records[again], self.decisions)
 
-    def apply(self, document: Document, decisions: NDArray) -> Item:
+    def apply(self, document: Document, decisions: Rows) -> Item:
         """The document without the lines that were decided to go."""
         gone = set(decisions["line"].tolist())
         kept = [line for i, line in enumerate(document.text.split("\n")) if i not in gone]
@@ -88,7 +87,7 @@ class Lines:
         return document._replace(text=text)
 
 
-def line_keys(text: str) -> tuple[NDArray, NDArray]:
+def line_keys(text: str) -> tuple[Rows, Rows]:
     """(64-bit hash, number from 0) of every line of a text that does not normalise to nothing."""
     lines = [line.strip() for line in normalized(text).split(b"\n")]
     digests = b"".join([sha1(line).digest() for line in lines if line])

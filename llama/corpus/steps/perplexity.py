@@ -108,13 +108,11 @@ def _ccnet(path: Path, arpa: Path) -> Callable[[str], float]:
 
 def _languages(models: str) -> list[str]:
     """The languages of which a folder has at least one of the two files."""
-    return sorted(
-        {
-            path.name.removesuffix(suffix)
-            for folder, suffix in _FILES
-            for path in Path(models, folder).glob(f"[!.]*{suffix}")
-        }
-    )
+    found: set[str] = set()
+    for folder, suffix in _FILES:
+        paths = Path(models, folder).glob(f"[!.]*{suffix}")
+        found |= {path.name.removesuffix(suffix) for path in paths}
+    return sorted(found)
 
 
 @cache

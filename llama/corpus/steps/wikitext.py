@@ -194,29 +194,16 @@ class _Scanner:
                 self._end(kind, "")
             elif not alone:
                 self._begin(kind, match[0])
-        elif name in _VERBATIM and not closing and not alone:
+        elif (name in _VERBATIM or name in _DROPPED) and not closing and not alone:
             end = self._find(f"</{match[1]}", match.end())
             if end >= 0:
-                content = self.source[match.end() : end]
-                if name == "code" and "<nowiki" in content:
-                    content = _NOWIKI.sub("", content)
-                if name in _BLOCKS:
-                    content = "\n" + content.strip("\n")
-                    content = content.replace("\n", "\n" + _CODE) + "\n"
-                self.out.append(content)
-                return self._after(end)
-        elif name in _DROPPED and not closing and not alone:
-            end = self._find(f"</{match[1]}", match.end())
-            if end >= 0:
-                return self._after(end)
+                if name in _VERBATIM:
+                    self.out.append(_verbatim(name, self.source[match.end() : end]))
+                # behind the closing tag
+                return self.source.find(">", end) + 1 or len(self.source)
         elif name in _LINE_BREAKS:
             self.out.append("\n")
         return match.end()
-
-    def _after(self, end: int) -> int:
-        """Behind the closing tag at `end`."""
-        bracket = self.source.find(">", end)
-        return bracket + 1 if bracket >= 0 else len(self.source)
 
     def _find(self, closing: str, at: int) -> int:
         """Where `closing` is, in any case; each is searched for in vain only once."""
@@ -227,6 +214,15 @@ class _Scanner:
         if match is None:
             self.endless.add(closing)
         return match.start() if match else -1
+
+
+def _verbatim(name: str, content: str) -> str:
+    """What stands in a tag whose content is no wikitext; of a block each line is marked."""
+    if name == "code" and "<nowiki" in content:
+        content = _NOWIKI.sub("", content)
+    if name not in _BLOCKS:
+        return content
+    return ("\n" + content.strip("\n")).replace("\n", "\n" + _CODE) + "\n"
 
 
 def _variant(content: str) -> str:
