@@ -1,6 +1,8 @@
 """Every mode of recompute gives the gradients of `none`, and keeps the bytes that are promised."""
 
+import copy
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -111,19 +113,128 @@ def test_generating_goes_the_plain_way() -> None:
         assert torch.equal(model(cfg, mode="manual")(tokens), model(cfg)(tokens))
 
 
-def test_a_changed_block_is_refused_by_name() -> None:
+class ParallelBlock(TransformerBlock):
+    pass
+
+
+class Adapted(nn.Linear):
+    """A low-rank addition to a matrix."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        super().__init__(of.in_features, of.out_features, bias=False)
+        self.weight, self.up = of.weight, nn.Parameter(torch.ones(of.out_features, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x[..., :1] @ self.up.t()
+
+
+def double(*given: Any) -> Any:
+    """As a hook or a forward."""
+    return 2 * given[-1]
+
+
+CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "child": ("Linear as more", lambda block: block.add_module("more", nn.Linear(1, 1))),
+    "norm": ("LayerNorm as ffn_norm", lambda block: setattr(block, "ffn_norm", nn.LayerNorm(16))),
+    "adapter": (
+        "Adapted as attention.wq",
+        lambda block: setattr(block.attention, "wq", Adapted(block.attention.wq)),
+    ),
+    "bias": (
+        "Linear as feed_forward.w2 with a weight",
+        lambda block: setattr(block.feed_forward.w2, "bias", nn.Parameter(torch.ones(16))),
+    ),
+    "norms of heads": (
+        "LayerNorm as attention.q_norm",
+        lambda block: block.attention.add_module("q_norm", nn.LayerNorm(8)),
+    ),
+    "forward": (
+        "FeedForward as feed_forward with .* forward",
+        lambda block: setattr(block.feed_forward, "forward", double),
+    ),
+    "hook": (
+        "Linear as attention.wv with .* hook",
+        lambda block: block.attention.wv.register_forward_hook(double),
+    ),
+    "hook before": (
+        "Attention as attention with",
+        lambda block: block.attention.register_forward_pre_hook(double),
+    ),
+    "hook behind": (
+        "RMSNorm as attention_norm with",
+        lambda block: block.attention_norm.register_full_backward_hook(double),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_changed_block_is_refused_by_name(change: str, later: bool) -> None:
+    block = TransformerBlock(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11), "sdpa")
+    name, make = CHANGES[change]
+    if later:
+        manual.apply(block)
+    make(block)
+    with pytest.raises(
+        UserError, match=f"manual knows only the stock block, not {name}.*: use selective"
+    ):
+        if later:
+            block(torch.randn(1, 3, 16), torch.ones(3, 4, dtype=torch.complex64))
+        manual.apply(block)
+
+
+def test_another_class_or_forward_of_the_block_is_refused_by_name() -> None:
     cfg = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11)
+    with pytest.raises(UserError, match="not ParallelBlock as block: use selective"):
+        manual.apply(ParallelBlock(cfg, "sdpa"))
+    block = TransformerBlock(cfg, "sdpa")
+    block.forward = double  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="not TransformerBlock as block with .* forward added"):
+        manual.apply(block)
 
-    class ParallelBlock(TransformerBlock):
-        pass
 
-    other, changed = ParallelBlock(cfg, "sdpa"), TransformerBlock(cfg, "sdpa")
-    changed.ffn_norm = nn.LayerNorm(16)
-    for block, name in ((other, "ParallelBlock"), (changed, "LayerNorm")):
-        with pytest.raises(
-            UserError, match=f"manual knows only the stock block.*{name}.*selective"
-        ):
-            manual.apply(block)
+def test_what_is_read_from_the_parts_is_read_when_it_runs(rng: random.Random) -> None:
+    cfg = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11)
+    tokens, found = torch.randint(11, (2, 9)), {}
+    for mode in ("none", "manual"):
+        made = model(cfg, torch.float64, mode)
+        block = made.layers[0]
+        block.attention_norm.eps, block.ffn_norm.eps = 0.5, 0.25
+        attend = block.attention.attend
+        block.attention.attend = lambda *given, attend=attend: 3 * attend(*given)
+        block.register_forward_hook(lambda block, given, out: 2 * out)
+        found[mode] = gradients(made, tokens, None)
+    for name, gradient in found["none"].items():
+        assert torch.equal(found["manual"][name], gradient), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_has_weights_of_its_own(mode: str) -> None:
+    cfg = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=11)
+    tokens, made = torch.randint(11, (2, 9)), model(cfg, mode=mode)
+    other = copy.deepcopy(made)
+    expected = gradients(model(cfg), tokens, None)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.zero_()
+    found = gradients(other, tokens, None)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(p.grad is None for p in made.parameters())
+
+
+@pytest.mark.parametrize("mode", ["none", "manual", "full"])
+def test_a_block_goes_back_twice_only_where_it_is_asked_to(mode: str) -> None:
+    """Torch refuses the second time for selective in any case."""
+    made = model(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11), mode=mode)
+    block, x = made.layers[0], torch.randn(1, 5, 16, requires_grad=True)
+    out = block(x, made.rotations(5, x.device)).square().sum()
+    out.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+    out.backward()
+    assert len(once) == 9
+    assert all(torch.equal(p.grad, 2 * once[name]) for name, p in block.named_parameters())
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.backward()
 
 
 def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
