@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from made_kernels import Exchange, in_threads
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -235,6 +236,27 @@ def test_a_block_goes_back_twice_only_where_it_is_asked_to(mode: str) -> None:
     assert all(torch.equal(p.grad, 2 * once[name]) for name, p in block.named_parameters())
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         out.backward()
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "manual"])
+def test_blocks_are_compiled_in_every_mode_but_manual(mode: str) -> None:
+    cfg = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=11)
+    made, tokens = model(cfg, mode=mode), torch.randint(11, (2, 9))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    for block in made.layers:
+        block.compile(backend=backend)  # type: ignore[operator]
+    expected = gradients(model(cfg), tokens, None)
+    for _ in range(2):
+        made.zero_grad()
+        for name, gradient in gradients(made, tokens, None).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    # one for all blocks and steps
+    assert len(graphs) == (mode != "manual")
 
 
 def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
