@@ -77,17 +77,21 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return None
 
 
-def document_mask(doc_ids: Tensor, n_queries: int, backend: str) -> Tensor:
-    """What `attention` wants to know of documents, made once for all layers of a model.
+def document_mask(doc_ids: Tensor, n_queries: int, backend: str, dtype: torch.dtype) -> Tensor:
+    """What `attention` of this dtype wants to know of documents, made once for all layers.
 
     Positions (2, B, S) for the Triton kernels; else the (B, 1, T, S) mask, as other backends cannot
-    compare the (B, S) ids themselves.
+    compare the (B, S) ids themselves. sdpa's is what is added to the scores: it would make that of
+    a boolean one in every layer, and keep it for the backward pass.
     """
     kind = backend.split(" ")[0]
     assert kind in ("auto", *BACKENDS), f"unknown attention backend {backend!r}"
     if kind in ("triton", "gluon"):
         return attention_op.documents(doc_ids)
-    return reference.visible(n_queries, doc_ids)
+    seen = reference.visible(n_queries, doc_ids)
+    if kind in ("xformers", "reference"):
+        return seen
+    return seen.new_zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def attention(
@@ -196,8 +200,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str
         raise ValueError(f"q has {T} tokens, more than the {S} of k")
     if doc_ids is None:
         return
-    by_kernels = backend.startswith(("triton", "gluon"))
-    made, kind = ((2, B, S), torch.int32) if by_kernels else ((B, 1, T, S), torch.bool)
+    made, kind = (B, 1, T, S), torch.bool
+    if backend.startswith(("triton", "gluon")):
+        made, kind = (2, B, S), torch.int32
+    elif doc_ids.is_floating_point() and backend in ("auto", "sdpa"):
+        kind = q.dtype
     fits = doc_ids.dtype == kind and doc_ids.shape == made
     fits |= doc_ids.shape == (B, S) and not doc_ids.is_floating_point()
     if not fits or doc_ids.device != q.device:

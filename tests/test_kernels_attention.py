@@ -40,7 +40,7 @@ def test_sdpa_equals_the_reference(documents: str, shape: tuple[int, ...], D: in
     given = doc_ids
     if documents == "mask":
         assert doc_ids is not None
-        given = kernel.document_mask(doc_ids, T, "sdpa")
+        given = kernel.document_mask(doc_ids, T, "sdpa", q.dtype)
     result = run(q, k, v, given, "sdpa")
     for ours, exact in zip(result, run(q, k, v, doc_ids, "reference"), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)

@@ -12,11 +12,13 @@ import torch.distributed as dist
 from made_kernels import Exchange, in_threads
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import attention
 from llama import costs
 from llama.cli import UserError
 from llama.config import Bytes, Config, ModelConfig, ParallelConfig
@@ -310,12 +312,13 @@ def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
 # -- a budget --------------------------------------------------------------------------------------
 
 
-def held(made: Transformer, tokens: Tensor) -> tuple[int, Tensor]:
+def held(made: Transformer, tokens: Tensor, documents: bool) -> tuple[int, Tensor]:
     """Bytes that live between the forward and the backward pass besides weights, and the loss."""
     tracker = MemTracker()
     tracker.track_external(made)
     with tracker:
-        losses, _ = made(tokens[:, :-1], tokens[:, 1:])
+        ids = (tokens[:, :-1] == 0).cumsum(1) if documents else None
+        losses, _ = made(tokens[:, :-1], tokens[:, 1:], ids)
         total = tracker.get_tracker_snapshot()[tokens.device]["Total"]
     return total - sum(p.nbytes for p in made.parameters()), losses
 
@@ -325,7 +328,10 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
     for share in (0.1, 0.4, 0.6, 0.8, 0.9, 1.05):
         heads = rng.choice([2, 4])
         cfg = ModelConfig(32 * heads, rng.randrange(3, 7), heads, vocab_size=64)
-        at = Layout(64 * rng.randrange(1, 4), 2, recompute="budget", element_bytes=4)
+        inside = rng.random() < 0.5
+        at = Layout(
+            64 * rng.randrange(1, 4), 2, recompute="budget", element_bytes=4, documents=inside
+        )
         least, most = (costs.kept(cfg, replace(at, recompute=mode)) for mode in ("full", "none"))
         share += rng.uniform(-0.05, 0.05)
         at = replace(at, budget=int(least + share * (most - least)))
@@ -335,7 +341,7 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
         made.init_weights(0)
         recompute.apply(made, modes)
         tokens = torch.randint(64, (2, at.seq_len + 1))
-        size, losses = held(made, tokens)
+        size, losses = held(made, tokens, inside)
         blocks = {mode: costs.kept_by_block(cfg, at, mode) for mode in ("full", "manual", "none")}
         # losses, counts and token ids of two windows are not worth a line in the arithmetic
         assert size <= at.budget + 64, (modes, size, at)
@@ -347,10 +353,37 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
         elif "manual" in modes:
             assert size + blocks["none"] - blocks["manual"] > 0.99 * at.budget
         losses.sum().backward()
-        expected = gradients(model(cfg), tokens, None)
+        ids = (tokens[:, :-1] == 0).cumsum(1) if inside else None
+        expected = gradients(model(cfg), tokens, ids)
         for name, p in made.named_parameters():
             assert p.grad is not None and torch.equal(p.grad, expected[name]), (name, modes)
     assert len(seen) == 3, seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_what_is_kept_beside_documents_and_by_our_own_attention(
+    mode: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton kernels themselves are not run: torch knows the shapes of what they return."""
+    monkeypatch.setattr(attention, "choose", lambda name, *_: name)
+    cfg = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64)
+    at = Layout(
+        256, 2, recompute=mode, element_bytes=dtype.itemsize,
+        documents=True, own_attention=backend == "triton",
+    )  # fmt: skip
+    made = Transformer(cfg, backend).to(dtype)
+    with FakeTensorMode() as pretend:
+        for part in made.modules():
+            part._parameters = {
+                name: p if p is None else nn.Parameter(pretend.from_tensor(p))
+                for name, p in part._parameters.items()
+            }
+        recompute.apply(made, [mode] * 3)
+        size, _ = held(made, torch.zeros(2, 257, dtype=torch.int64), True)
+    # the triton kernels' positions of documents are 16 bytes of a token's
+    assert abs(size - costs.kept(cfg, at)) <= 0.004 * size + 16 * 512, (size, costs.kept(cfg, at))
 
 
 def test_a_budget_that_holds_nothing_is_told_the_least() -> None:

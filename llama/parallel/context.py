@@ -35,8 +35,9 @@ def apply(model: Any, group: dist.ProcessGroup, modes: Sequence[str]) -> None:
     ends = rank + 1, 2 * size - rank
     backend: str = model.attention
 
-    def documents(doc_ids: Tensor, T: int) -> tuple[Tensor, ...]:
-        return tuple(document_mask(doc_ids[:, : end * T // 2], T // 2, backend) for end in ends)
+    def documents(doc_ids: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        whole = (doc_ids[:, : end * T // 2] for end in ends)
+        return tuple(document_mask(ids, T // 2, backend, dtype) for ids in whole)
 
     rotations = model.rotations
 

@@ -114,6 +114,8 @@ def resolve(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
         element_bytes=4 if wide else 2,
         # kernels/eager.py
         loss_elements=2**26 if on_gpu else 2**20,
+        documents=not cfg.data.attend_across_documents,
+        own_attention=cfg.kernels.attention in ("triton", "gluon"),
         budget=p.budget or 0,
         accumulate=p.accumulate,
         reshard=p.reshard,
