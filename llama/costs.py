@@ -297,7 +297,8 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
         output = done * summed
         # without resharding all blocks stay for the next micro-batch, in the last one those to come
-        others = min(i, at.prefetch * travels) if at.reshard else L - 1 if at.accumulates else i
+        # where none is asked for, FSDP2 itself fetches one ahead in the backward pass
+        others = min(i, max(1, at.prefetch) * travels) if at.reshard else L - 1 if at.accumulates else i
         ahead = e * copies * (root + others * block)
         waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"

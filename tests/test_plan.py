@@ -45,7 +45,7 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
     windows, ranks = passes * at.micro_batch, at.replicate * at.shard
     cfg = Config(
         model=model_cfg,
-        data=DataConfig(seq_len=at.seq_len),
+        data=DataConfig(seq_len=at.seq_len, attend_across_documents=not at.documents),
         train=TrainConfig(
             batch_tokens=Count(windows * ranks * at.seq_len),
             micro_batch=at.micro_batch,
