@@ -291,14 +291,15 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     loss_holds = stay + max(0, arrives - before)
     phase("loss", there, kept[L] + last, loss_holds, in_loss)
     inside = _inside_block(cfg, at, block, fresh)
+    # where none is asked for, FSDP2 itself fetches one ahead in the backward pass
+    fetched = max(1, at.prefetch) * travels
     # the fullest moment is at an end, where no more is fetched ahead, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, at.prefetch, L - 2, L - 1, *changes) if 0 <= i < L}):
         done, follows = 4 * (L - 1 - i) * block_share, i < L - 1
         output = done * summed
         # without resharding all blocks stay for the next micro-batch, in the last one those to come
-        # where none is asked for, FSDP2 itself fetches one ahead in the backward pass
-        others = min(i, max(1, at.prefetch) * travels) if at.reshard else L - 1 if at.accumulates else i
+        others = min(i, fetched) if at.reshard else L - 1 if at.accumulates else i
         ahead = e * copies * (root + others * block)
         waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"

@@ -140,7 +140,8 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             loss_elements=2**20,
             accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
             reshard=rng.random() < 0.5,
-            prefetch=rng.choice([1, 2]),
+            prefetch=rng.choice([0, 1, 2]),
+            documents=rng.random() < 0.5,
         )
         if mode == "budget":
             least, most = (costs.kept(model, replace(at, recompute=m)) for m in ("full", "none"))
