@@ -202,10 +202,9 @@ def kept_by_block(cfg: ModelConfig, at: Layout, mode: str) -> int:
 def mask(at: Layout) -> int:
     """Bytes of sdpa's mask of documents, one for all blocks; of two pieces of queries where others
     have the rest of the sequence."""
-    if not at.documents or at.own_attention:
-        return 0
-    T, c = at.seq_len, at.context
-    return at.element_bytes * at.tokens * (T if c == 1 else T * (2 * c + 1) // (4 * c))
+    T, c, masked = at.seq_len, at.context, at.documents and not at.own_attention
+    keys = T if c == 1 else T * (2 * c + 1) // (4 * c)
+    return masked * at.element_bytes * at.tokens * (-(-keys // 8) * 8)
 
 
 def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
@@ -256,8 +255,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     # by the blocks before the i-th
     kept = list(accumulate((kept_by_block(cfg, at, mode) for mode in each), initial=mask(at)))
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
-    # travel; a single process in float32 does without it
-    copies, travels = at.gpus > 1 or e < 4, n > 1
+    # travel; a single process in float32 does without it. In the backward pass it fetches one block
+    # ahead even where none is asked for
+    copies, travels, fetched = at.gpus > 1 or e < 4, n > 1, (n > 1) * max(1, at.prefetch)
     rows = min(tokens, max(128, at.loss_elements // (cfg.vocab_size or 1)))
     # in float32 and as their gradient; the last piece's gradient is still there with the next one
     logits = rows * ((6 if e < 4 else 4) + e * (rows < tokens)) * head // d + rows * d * e * (e > 2)
@@ -291,8 +291,6 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     loss_holds = stay + max(0, arrives - before)
     phase("loss", there, kept[L] + last, loss_holds, in_loss)
     inside = _inside_block(cfg, at, block, fresh)
-    # where none is asked for, FSDP2 itself fetches one ahead in the backward pass
-    fetched = max(1, at.prefetch) * travels
     # the fullest moment is at an end, where no more is fetched ahead, or where the mode changes
     changes = {i + n for i in range(1, L) if each[i] != each[i - 1] for n in (-2, -1, 0, 1)}
     for i in sorted({i for i in (0, 1, at.prefetch, L - 2, L - 1, *changes) if 0 <= i < L}):

@@ -140,7 +140,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3), "doc_ids.*float32"),
         (ones(2, 3, 4, 8), ones(2, 3, 0, 8), ones(2, 3, 0, 8), None, "multiple of the 0 key/value"),
         (*[ones(2, 3, 4, 8)] * 3, ones(2, 3).long().to("meta"), "doc_ids is .* on meta.* on cpu"),
-        (*[ones(2, 3, 4, 8)] * 3, ones(2, 1, 3, 3).long(), "doc_ids is .*int64.* torch.bool"),
+        (*[ones(2, 3, 4, 8)] * 3, ones(2, 1, 3, 3).long(), "doc_ids is .*int64.* torch.float"),
     ],
 )
 def test_bad_arguments_are_named(

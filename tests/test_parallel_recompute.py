@@ -144,7 +144,7 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
         lambda block: setattr(block.attention, "wq", Adapted(block.attention.wq)),
     ),
     "bias": (
-        "Linear as feed_forward.w2 with a weight",
+        "Linear as feed_forward.w2 with additions",
         lambda block: setattr(block.feed_forward.w2, "bias", nn.Parameter(torch.ones(16))),
     ),
     "norms of heads": (
@@ -152,11 +152,11 @@ CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
         lambda block: block.attention.add_module("q_norm", nn.LayerNorm(8)),
     ),
     "forward": (
-        "FeedForward as feed_forward with .* forward",
+        "FeedForward as feed_forward with additions",
         lambda block: setattr(block.feed_forward, "forward", double),
     ),
     "hook": (
-        "Linear as attention.wv with .* hook",
+        "Linear as attention.wv with additions",
         lambda block: block.attention.wv.register_forward_hook(double),
     ),
     "hook before": (
@@ -192,7 +192,7 @@ def test_another_class_or_forward_of_the_block_is_refused_by_name() -> None:
         manual.apply(ParallelBlock(cfg, "sdpa"))
     block = TransformerBlock(cfg, "sdpa")
     block.forward = double  # type: ignore[method-assign]
-    with pytest.raises(UserError, match="not TransformerBlock as block with .* forward added"):
+    with pytest.raises(UserError, match="not TransformerBlock as block with additions"):
         manual.apply(block)
 
 

@@ -26,15 +26,14 @@ from llama.parallel import tensor
 from llama.parallel.tensor import Seam, local
 
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+# by the last part of their names
 STOCK: dict[str, type[nn.Module]] = {
     "": TransformerBlock,
     "attention": Attention,
-    **{f"attention.{name}": nn.Linear for name in MATRICES[:4]},
     "feed_forward": FeedForward,
-    **{f"feed_forward.{name}": nn.Linear for name in MATRICES[4:]},
     "attention_norm": RMSNorm,
     "ffn_norm": RMSNorm,
-}
+} | dict.fromkeys(MATRICES, nn.Linear)
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
@@ -45,58 +44,49 @@ class Plan(NamedTuple):
     `reduce_scatter` sums their parts and divides them; each is the other's backward.
     """
 
-    head_dim: int
-    eps: tuple[float, float]
-    attend: Callable[..., Tensor]
+    block: TransformerBlock
     gather: Seam
     reduce_scatter: Seam
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-def apply(block: nn.Module, gather: Seam = _same, reduce_scatter: Seam = _same) -> None:
+def apply(block: Any, gather: Seam = lambda x: x, reduce_scatter: Seam = lambda x: x) -> None:
     """Give a block of the model this forward and backward pass, in place.
 
     What it computes is written out here: raises `UserError` for any other block, and so does its
     forward pass once it is changed.
     """
     _check(dict(block.named_modules()))
-    block.forward = partial(_forward, block, block.forward, gather, reduce_scatter)  # type: ignore[method-assign]
+    block.forward = partial(_forward, Plan(block, gather, reduce_scatter), block.forward)
 
 
 def _check(parts: dict[str, nn.Module]) -> None:
     """Refuse parts of a block, none of which is called, that are not as the model made them."""
     for path, part in parts.items():
         kind, given = type(part), vars(part)
-        hooks = (f for name in HOOKS for f in given[name].values()) if path else ()
-        called = [given["forward"]] if "forward" in given else []
+        called = [f for name in HOOKS for f in given[name].values()] if path else []
+        called += [given["forward"]] if "forward" in given else []
         # those of tensor.py are the seams
-        more = any(getattr(f, "func", f).__module__ != tensor.__name__ for f in (*called, *hooks))
+        more = any(getattr(f, "func", f).__module__ != tensor.__name__ for f in called)
         more |= any(name != "weight" and w is not None for name, w in part._parameters.items())
-        if more or kind is not STOCK.get(path):
-            added = " with a weight, hook or forward added" * more
+        if more or kind is not STOCK.get(path.rpartition(".")[2]):
             raise UserError(
                 "parallel.recompute manual knows only the stock block, not "
-                f"{kind.__name__} as {path or 'block'}{added}: use selective"
+                f"{kind.__name__} as {path or 'block'}{' with additions' * more}: use selective"
             )
 
 
 # compiling would look into the backward pass, where attention's own is called
 @torch.compiler.disable
 def _forward(
-    block: TransformerBlock, plain: Callable[..., Tensor], gather: Seam, reduce_scatter: Seam,
+    plan: Plan, plain: Callable[..., Tensor],
     x: Tensor, freqs_cis: Tensor, docs: Tensor | None = None, cache: Any = None,
 ) -> Tensor:  # fmt: skip
     if cache is not None or not torch.is_grad_enabled():
         return plain(x, freqs_cis, docs, cache)
+    block, a, f = plan.block, plan.block.attention, plan.block.feed_forward
     _check({path: part for path, part in block.named_modules() if path})
-    a, f, norms = block.attention, block.feed_forward, (block.attention_norm, block.ffn_norm)
-    plan = Plan(a.head_dim, (norms[0].eps, norms[1].eps), a.attend, gather, reduce_scatter)
-    modules = a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3, *norms
-    weights = (local(module.weight) for module in modules)
-    out: Tensor = _Block.apply(plan, x, freqs_cis, docs, *weights)
+    modules = a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3, block.attention_norm, block.ffn_norm
+    out: Tensor = _Block.apply(plan, x, freqs_cis, docs, *(local(m.weight) for m in modules))
     return out
 
 
@@ -105,18 +95,20 @@ class _Block(Function):
     def forward(
         ctx: Any, plan: Plan, x: Tensor, table: Tensor, docs: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        wq, wk, wv, wo, w1, w2, w3, norm1, norm2 = weights
-        y = plan.gather(function("rms_norm_forward", x)(x, norm1, plan.eps[0])[0])
-        q, k, v = (F.linear(y, w).unflatten(-1, (-1, plan.head_dim)) for w in (wq, wk, wv))
+        block, (wq, wk, wv, wo, w1, w2, w3, norm1, norm2) = plan.block, weights
+        y = plan.gather(function("rms_norm_forward", x)(x, norm1, block.attention_norm.eps)[0])
+        q, k, v = (
+            F.linear(y, w).unflatten(-1, (-1, block.attention.head_dim)) for w in (wq, wk, wv)
+        )
         del y
         rope = function("rope_forward", x)
         # attention keeps what its own backward pass needs
         with torch.enable_grad():
             heads = [t.detach().requires_grad_() for t in (rope(q, table), rope(k, table), v)]
-            mixed = plan.attend(heads[0], heads[1], heads[2], docs)
+            mixed = block.attention.attend(heads[0], heads[1], heads[2], docs)
         del q, k, v
         projected = plan.reduce_scatter(F.linear(mixed.detach().flatten(2), wo))
-        z, h, _ = function("add_rms_norm_forward", x)(projected, x, norm2, plan.eps[1])
+        z, h, _ = function("add_rms_norm_forward", x)(projected, x, norm2, block.ffn_norm.eps)
         z = plan.gather(z)
         gate, up = F.linear(z, w1), F.linear(z, w3)
         del z
@@ -146,7 +138,7 @@ class _Block(Function):
         # the feed-forward half
         whole = plan.gather(grad)
         to_gate, to_up, product = function("swiglu_backward_with_product", x)(whole @ w2, gate, up)
-        z, scale = norm(h, norm2, plan.eps[1])
+        z, scale = norm(h, norm2, plan.block.ffn_norm.eps)
         z = plan.gather(z)
         of_feed_forward = of("w1", to_gate, z), of("w2", whole, product), of("w3", to_up, z)
         del z, product, whole, gate, up
@@ -165,7 +157,7 @@ class _Block(Function):
         del whole, to_mixed, mixed, heads
         back = function("rope_backward", x)
         to_q, to_k, to_v = (t.flatten(2) for t in (back(to_q, table), back(to_k, table), to_v))
-        y, scale = norm(x, norm1, plan.eps[0])
+        y, scale = norm(x, norm1, plan.block.attention_norm.eps)
         y = plan.gather(y)
         of_attention = of("wq", to_q, y), of("wk", to_k, y), of("wv", to_v, y)
         del y
