@@ -178,6 +178,7 @@ def test_memory_of_divided_matrices_and_sequences_is_within_5_percent(
             recompute=mode,
             element_bytes=rng.choice([2, 4]),
             accumulates=rng.random() < 0.5,
+            documents=rng.random() < 0.5,
             loss_elements=2**20,
         )
         planned, real = costs.needed(model, at), tracked(model, at, monkeypatch)
