@@ -77,17 +77,23 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return None
 
 
-def document_mask(doc_ids: Tensor, n_queries: int, backend: str) -> Tensor:
-    """What `attention` wants to know of documents, made once for all layers of a model.
+def document_mask(doc_ids: Tensor, n_queries: int, backend: str, dtype: torch.dtype) -> Tensor:
+    """What `attention` of this dtype wants to know of documents, made once for all layers.
 
     Positions (2, B, S) for the Triton kernels; else the (B, 1, T, S) mask, as other backends cannot
-    compare the (B, S) ids themselves.
+    compare the (B, S) ids themselves. But for the reference it is what is added to the scores: sdpa
+    would make that of a boolean one in every layer, and keep it for the backward pass.
     """
     kind = backend.split(" ")[0]
     assert kind in ("auto", *BACKENDS), f"unknown attention backend {backend!r}"
     if kind in ("triton", "gluon"):
         return attention_op.documents(doc_ids)
-    return reference.visible(n_queries, doc_ids)
+    seen = reference.visible(n_queries, doc_ids)
+    if kind == "reference":
+        return seen
+    # rows of a bias begin at multiples of 8 elements
+    bias = seen.new_zeros(*seen.shape[:3], (seen.shape[3] + 7) // 8 * 8, dtype=dtype)
+    return bias[..., : seen.shape[3]].masked_fill_(~seen, -torch.inf)
 
 
 def attention(
@@ -106,10 +112,9 @@ def attention(
         return _triton(q, k, v, doc_ids, backend)[0]
     if kind == "reference":
         return reference.attention(q, k, v, doc_ids)
-    mask = doc_ids
     if doc_ids is not None and doc_ids.dim() == 2:
-        mask = reference.visible(q.shape[1], doc_ids)
-    return _xformers(q, k, v, mask) if kind == "xformers" else _sdpa(q, k, v, mask)
+        doc_ids = document_mask(doc_ids, q.shape[1], backend, q.dtype)
+    return _xformers(q, k, v, doc_ids) if kind == "xformers" else _sdpa(q, k, v, doc_ids)
 
 
 def attention_with_lse(
@@ -150,11 +155,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     from xformers import ops
 
     (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    bias = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
-    if mask is not None:
-        # rows of a bias begin at multiples of 8 elements
-        bias = q.new_zeros(B, 1, T, (S + 7) // 8 * 8)[..., :S].masked_fill_(~mask, -torch.inf)
-        bias = bias.expand(B, H, T, S)
+    causal = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    bias = causal if mask is None else mask.expand(B, H, T, S)
     if H != K:
         k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
     return ops.memory_efficient_attention(q, k, v, attn_bias=bias)
@@ -215,7 +217,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, backend: str
     if doc_ids is None:
         return
     by_kernels = backend.startswith(("triton", "gluon"))
-    made, kind = ((2, B, S), torch.int32) if by_kernels else ((B, 1, T, S), torch.bool)
+    mask = (B, 1, T, S), torch.bool if backend == "reference" else q.dtype
+    made, kind = ((2, B, S), torch.int32) if by_kernels else mask
     fits = doc_ids.dtype == kind and doc_ids.shape == made
     fits |= doc_ids.shape == (B, S) and not doc_ids.is_floating_point()
     if not fits or doc_ids.device != q.device:

@@ -173,7 +173,8 @@ class ParallelConfig:
         reshard: Give up a block's weights after its forward pass and gather them again in the
             backward pass; false keeps them from the first micro-batch to the last (ZeRO-2), for a
             small model on slow links.
-        prefetch: Blocks that are gathered ahead, in both directions; 2 where one block computes
+        prefetch: Blocks that are gathered ahead, in both directions; with 0 torch still gathers one
+            in the backward pass; 2 where one block computes
             less long than the next one travels, as with short sequences over many machines.
         accumulate: What is kept between micro-batches: sharded gradients, reduced each time;
             unsharded ones, reduced once a step, for small models on slow links; replica_deferred

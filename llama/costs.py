@@ -148,7 +148,8 @@ def checkpoint_bytes(cfg: ModelConfig) -> int:
 class Layout:
     """How a step is spread: what decides the bytes and the speed of one process.
 
-    `accumulates`: whether a step has several micro-batches. `on_gpu`: with its kernels.
+    `accumulates`: whether a step has several micro-batches. `documents`: whether attention stays
+    inside them. `own_attention`: by the Triton kernels. `on_gpu`: with the others of them.
     `budget`: bytes that `recompute` budget may keep for the backward pass.
     """
 
@@ -161,6 +162,8 @@ class Layout:
     recompute: str = "none"
     element_bytes: int = 2
     accumulates: bool = False
+    documents: bool = False
+    own_attention: bool = False
     on_gpu: bool = True
     budget: int = 0
     accumulate: str = "sharded"
@@ -189,7 +192,8 @@ def kept_by_block(cfg: ModelConfig, at: Layout, mode: str) -> int:
     none: the input and output of both norms, q, k, v, the attention's output, gate, up and their
     product. manual: without the outputs of norms and the product (12d + 4f). selective: the block's
     input and the outputs of all seven matrix products and of attention (14d + 4f). full: the input.
-    Beside them one float32 number a head (attention) and a norm.
+    Beside them one float32 number a head (attention) and a norm of none; of our own attention in
+    float64, or in half precision what its rounding cut off, a byte each.
 
     A tensor group shares them, but each of it has whole sequences of what its first products take,
     and selective of what its last give. Processes of a sequence keep the attention's output in two
@@ -200,23 +204,34 @@ def kept_by_block(cfg: ModelConfig, at: Layout, mode: str) -> int:
     whole, pieces = 2 * d * at.tensor, d * divided
     elements, sums = {
         "none": (4 * d + kv + 3 * f + pieces + whole, cfg.n_heads + 2),
-        "manual": (4 * d + kv + 2 * f + pieces + kv * divided, cfg.n_heads + 2),
+        "manual": (4 * d + kv + 2 * f + pieces + kv * divided, cfg.n_heads),
         "selective": (3 * d + kv + 2 * f + whole, cfg.n_heads),
         "full": (d, 0),
     }[mode]
-    # sdpa takes a mask where there are more keys than queries: those of the second piece
-    masked = divided and mode in ("none", "manual")
-    mask = e * at.seq_len**2 // (2 * at.context) if masked else 0
-    return (e * elements + 4 * sums) * at.tokens // at.tensor + mask
+    # sdpa makes a mask where there are more keys than queries: those of the second piece
+    masked = divided and mode in ("none", "manual") and not (at.documents or at.own_attention)
+    rows = e * at.seq_len**2 // (2 * at.context) if masked else 0
+    own = (d if e < 4 else 4 * cfg.n_heads) if at.own_attention and mode != "full" else 0
+    return (e * elements + 4 * sums + own) * at.tokens // at.tensor + rows
+
+
+def mask(at: Layout) -> int:
+    """Bytes of sdpa's mask of documents, one for all blocks; of two pieces of queries where others
+    have the rest of the sequence."""
+    T, c, masked = at.seq_len, at.context, at.documents and not at.own_attention
+    keys = T if c == 1 else T * (2 * c + 1) // (4 * c)
+    return masked * at.element_bytes * at.tokens * (-(-keys // 8) * 8)
 
 
 def kept_by_inputs(cfg: ModelConfig, at: Layout) -> int:
-    """Bytes of token ids and of RoPE's table, there until the last block's backward pass."""
-    return 4 * cfg.head_dim * 2 ** math.ceil(math.log2(at.seq_len)) + (4 + 8) * at.tokens
+    """Bytes of token ids, documents and their mask, and of RoPE's table, there until the last block's
+    backward pass."""
+    table = 4 * cfg.head_dim * 2 ** math.ceil(math.log2(at.seq_len))
+    return table + (4 + 8 + 8 * at.documents) * at.tokens + mask(at)
 
 
 def kept_by_the_rest(cfg: ModelConfig, at: Layout) -> int:
-    """Bytes kept by the last norm, the head (both gradients), token ids and RoPE's table."""
+    """Bytes kept by the last norm, the head (both gradients), token ids, RoPE's table, the mask."""
     logits = 4 * (cfg.vocab_size or 0) * cfg.dim // at.tensor
     # the head gives gradients of whole sequences
     per_token = at.element_bytes * cfg.dim * (1 + at.tensor) // at.tensor
@@ -264,8 +279,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     by_blocks = (kept_by_block(cfg, at, mode) for mode in each)
     kept = list(accumulate(by_blocks, initial=kept_by_inputs(cfg, at)))
     # FSDP makes a copy of the weights even where it has only to cast them, and a buffer where they
-    # travel; a single process in float32 does without it
-    copies, travels = at.gpus > 1 or e < 4, n > 1
+    # travel; a single process in float32 does without it. In the backward pass it fetches one block
+    # ahead even where none is asked for
+    copies, travels, fetched = at.gpus > 1 or e < 4, n > 1, (n > 1) * max(1, at.prefetch)
     V = head // d
     if at.on_gpu:
         # kernels/cross_entropy.py: logits become their gradient in place; the next piece's are made
@@ -317,7 +333,7 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         done = 4 * (L - 1 - i) * block_share
         output = done * summed
         # without resharding all blocks stay for the next micro-batch, in the last one those to come
-        others = min(i, at.prefetch * travels) if at.reshard else L - 1 if at.accumulates else i
+        others = min(i, fetched) if at.reshard else L - 1 if at.accumulates else i
         ahead = e * copies * (root + others * block)
         waiting = waits * 4 * (root + i * block)
         name = f"block {i + 1}, backward pass"

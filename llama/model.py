@@ -159,8 +159,8 @@ class Transformer(nn.Module):
         """
         T, start = tokens.shape[1], cache[0].length if cache else 0
         freqs_cis = self.rotations(start + T, tokens.device)[start:]
-        docs = None if doc_ids is None else self.documents(doc_ids, T)
         h = self.tok_embeddings(tokens)
+        docs = None if doc_ids is None else self.documents(doc_ids, T, dtype=h.dtype)
         for i, layer in enumerate(self.layers):
             h = layer(h, freqs_cis, docs, cache[i] if cache else None)
         h = self.norm(h if cache is None else h[:, -1:])

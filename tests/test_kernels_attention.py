@@ -40,7 +40,7 @@ def test_sdpa_equals_the_reference(documents: str, shape: tuple[int, ...], D: in
     given = doc_ids
     if documents == "mask":
         assert doc_ids is not None
-        given = kernel.document_mask(doc_ids, T, "sdpa")
+        given = kernel.document_mask(doc_ids, T, "sdpa", q.dtype)
     result = run(q, k, v, given, "sdpa")
     for ours, exact in zip(result, run(q, k, v, doc_ids, "reference"), strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-10)
@@ -159,7 +159,7 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3, 4, 8), ones(2, 3), "doc_ids.*float32"),
         (ones(2, 3, 4, 8), ones(2, 3, 0, 8), ones(2, 3, 0, 8), None, "multiple of the 0 key/value"),
         (*[ones(2, 3, 4, 8)] * 3, ones(2, 3).long().to("meta"), "doc_ids is .* on meta.* on cpu"),
-        (*[ones(2, 3, 4, 8)] * 3, ones(2, 1, 3, 3).long(), "doc_ids is .*int64.* torch.bool"),
+        (*[ones(2, 3, 4, 8)] * 3, ones(2, 1, 3, 3).long(), "doc_ids is .*int64.* torch.float"),
     ],
 )
 def test_bad_arguments_are_named(

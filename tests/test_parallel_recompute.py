@@ -1,6 +1,8 @@
 """Every mode of recompute gives the gradients of `none`, and keeps the bytes that are promised."""
 
+import copy
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +11,14 @@ import torch
 import torch.distributed as dist
 from made_kernels import Exchange, in_threads
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import attention
 from llama import costs
 from llama.cli import UserError
 from llama.config import Bytes, Config, ModelConfig, ParallelConfig
@@ -111,19 +116,149 @@ def test_generating_goes_the_plain_way() -> None:
         assert torch.equal(model(cfg, mode="manual")(tokens), model(cfg)(tokens))
 
 
-def test_a_changed_block_is_refused_by_name() -> None:
+class ParallelBlock(TransformerBlock):
+    pass
+
+
+class Adapted(nn.Linear):
+    """A low-rank addition to a matrix."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        super().__init__(of.in_features, of.out_features, bias=False)
+        self.weight, self.up = of.weight, nn.Parameter(torch.ones(of.out_features, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x[..., :1] @ self.up.t()
+
+
+def double(*given: Any) -> Any:
+    """As a hook or a forward."""
+    return 2 * given[-1]
+
+
+CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "child": ("Linear as more", lambda block: block.add_module("more", nn.Linear(1, 1))),
+    "norm": ("LayerNorm as ffn_norm", lambda block: setattr(block, "ffn_norm", nn.LayerNorm(16))),
+    "adapter": (
+        "Adapted as attention.wq",
+        lambda block: setattr(block.attention, "wq", Adapted(block.attention.wq)),
+    ),
+    "bias": (
+        "Linear as feed_forward.w2 with additions",
+        lambda block: setattr(block.feed_forward.w2, "bias", nn.Parameter(torch.ones(16))),
+    ),
+    "norms of heads": (
+        "LayerNorm as attention.q_norm",
+        lambda block: block.attention.add_module("q_norm", nn.LayerNorm(8)),
+    ),
+    "forward": (
+        "FeedForward as feed_forward with additions",
+        lambda block: setattr(block.feed_forward, "forward", double),
+    ),
+    "hook": (
+        "Linear as attention.wv with additions",
+        lambda block: block.attention.wv.register_forward_hook(double),
+    ),
+    "hook before": (
+        "Attention as attention with",
+        lambda block: block.attention.register_forward_pre_hook(double),
+    ),
+    "hook behind": (
+        "RMSNorm as attention_norm with",
+        lambda block: block.attention_norm.register_full_backward_hook(double),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_changed_block_is_refused_by_name(change: str, later: bool) -> None:
+    block = TransformerBlock(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11), "sdpa")
+    name, make = CHANGES[change]
+    if later:
+        manual.apply(block)
+    make(block)
+    with pytest.raises(
+        UserError, match=f"manual knows only the stock block, not {name}.*: use selective"
+    ):
+        if later:
+            block(torch.randn(1, 3, 16), torch.ones(3, 4, dtype=torch.complex64))
+        manual.apply(block)
+
+
+def test_another_class_or_forward_of_the_block_is_refused_by_name() -> None:
     cfg = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11)
+    with pytest.raises(UserError, match="not ParallelBlock as block: use selective"):
+        manual.apply(ParallelBlock(cfg, "sdpa"))
+    block = TransformerBlock(cfg, "sdpa")
+    block.forward = double  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="not TransformerBlock as block with additions"):
+        manual.apply(block)
 
-    class ParallelBlock(TransformerBlock):
-        pass
 
-    other, changed = ParallelBlock(cfg, "sdpa"), TransformerBlock(cfg, "sdpa")
-    changed.ffn_norm = nn.LayerNorm(16)
-    for block, name in ((other, "ParallelBlock"), (changed, "LayerNorm")):
-        with pytest.raises(
-            UserError, match=f"manual knows only the stock block.*{name}.*selective"
-        ):
-            manual.apply(block)
+def test_what_is_read_from_the_parts_is_read_when_it_runs(rng: random.Random) -> None:
+    cfg = ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11)
+    tokens, found = torch.randint(11, (2, 9)), {}
+    for mode in ("none", "manual"):
+        made = model(cfg, torch.float64, mode)
+        block = made.layers[0]
+        block.attention_norm.eps, block.ffn_norm.eps = 0.5, 0.25
+        attend = block.attention.attend
+        block.attention.attend = lambda *given, attend=attend: 3 * attend(*given)
+        block.register_forward_hook(lambda block, given, out: 2 * out)
+        found[mode] = gradients(made, tokens, None)
+    for name, gradient in found["none"].items():
+        assert torch.equal(found["manual"][name], gradient), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_has_weights_of_its_own(mode: str) -> None:
+    cfg = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=11)
+    tokens, made = torch.randint(11, (2, 9)), model(cfg, mode=mode)
+    other = copy.deepcopy(made)
+    expected = gradients(model(cfg), tokens, None)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.zero_()
+    found = gradients(other, tokens, None)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert all(p.grad is None for p in made.parameters())
+
+
+@pytest.mark.parametrize("mode", ["none", "manual", "full"])
+def test_a_block_goes_back_twice_only_where_it_is_asked_to(mode: str) -> None:
+    """Torch refuses the second time for selective in any case."""
+    made = model(ModelConfig(dim=16, n_layers=1, n_heads=2, vocab_size=11), mode=mode)
+    block, x = made.layers[0], torch.randn(1, 5, 16, requires_grad=True)
+    out = block(x, made.rotations(5, x.device)).square().sum()
+    out.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+    out.backward()
+    assert len(once) == 9
+    assert all(torch.equal(p.grad, 2 * once[name]) for name, p in block.named_parameters())
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.backward()
+
+
+@pytest.mark.parametrize("mode", ["full", "selective", "manual"])
+def test_blocks_are_compiled_in_every_mode_but_manual(mode: str) -> None:
+    cfg = ModelConfig(dim=16, n_layers=2, n_heads=2, vocab_size=11)
+    made, tokens = model(cfg, mode=mode), torch.randint(11, (2, 9))
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    for block in made.layers:
+        block.compile(backend=backend)  # type: ignore[operator]
+    expected = gradients(model(cfg), tokens, None)
+    for _ in range(2):
+        made.zero_grad()
+        for name, gradient in gradients(made, tokens, None).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    # one for all blocks and steps
+    assert len(graphs) == (mode != "manual")
 
 
 def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
@@ -177,12 +312,13 @@ def test_a_sequence_that_is_divided_goes_through_both_seams() -> None:
 # -- a budget --------------------------------------------------------------------------------------
 
 
-def held(made: Transformer, tokens: Tensor) -> tuple[int, Tensor]:
+def held(made: Transformer, tokens: Tensor, documents: bool) -> tuple[int, Tensor]:
     """Bytes that live between the forward and the backward pass besides weights, and the loss."""
     tracker = MemTracker()
     tracker.track_external(made)
     with tracker:
-        losses, _ = made(tokens[:, :-1], tokens[:, 1:])
+        ids = (tokens[:, :-1] == 0).cumsum(1) if documents else None
+        losses, _ = made(tokens[:, :-1], tokens[:, 1:], ids)
         total = tracker.get_tracker_snapshot()[tokens.device]["Total"]
     return total - sum(p.nbytes for p in made.parameters()), losses
 
@@ -192,7 +328,10 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
     for share in (0.1, 0.4, 0.6, 0.8, 0.9, 1.05):
         heads = rng.choice([2, 4])
         cfg = ModelConfig(32 * heads, rng.randrange(3, 7), heads, vocab_size=64)
-        at = Layout(64 * rng.randrange(1, 4), 2, recompute="budget", element_bytes=4)
+        inside = rng.random() < 0.5
+        at = Layout(
+            64 * rng.randrange(1, 4), 2, recompute="budget", element_bytes=4, documents=inside
+        )
         least, most = (costs.kept(cfg, replace(at, recompute=mode)) for mode in ("full", "none"))
         share += rng.uniform(-0.05, 0.05)
         at = replace(at, budget=int(least + share * (most - least)))
@@ -202,7 +341,7 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
         made.init_weights(0)
         recompute.apply(made, modes)
         tokens = torch.randint(64, (2, at.seq_len + 1))
-        size, losses = held(made, tokens)
+        size, losses = held(made, tokens, inside)
         blocks = {mode: costs.kept_by_block(cfg, at, mode) for mode in ("full", "manual", "none")}
         # losses, counts and token ids of two windows are not worth a line in the arithmetic
         assert size <= at.budget + 64, (modes, size, at)
@@ -214,10 +353,37 @@ def test_a_budget_is_kept_to_and_used_with_the_gradients_of_none(rng: random.Ran
         elif "manual" in modes:
             assert size + blocks["none"] - blocks["manual"] > 0.99 * at.budget
         losses.sum().backward()
-        expected = gradients(model(cfg), tokens, None)
+        ids = (tokens[:, :-1] == 0).cumsum(1) if inside else None
+        expected = gradients(model(cfg), tokens, ids)
         for name, p in made.named_parameters():
             assert p.grad is not None and torch.equal(p.grad, expected[name]), (name, modes)
     assert len(seen) == 3, seen
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_what_is_kept_beside_documents_and_by_our_own_attention(
+    mode: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton kernels themselves are not run: torch knows the shapes of what they return."""
+    monkeypatch.setattr(attention, "choose", lambda name, *_: name)
+    cfg = ModelConfig(dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=64)
+    at = Layout(
+        256, 2, recompute=mode, element_bytes=dtype.itemsize,
+        documents=True, own_attention=backend == "triton",
+    )  # fmt: skip
+    made = Transformer(cfg, backend).to(dtype)
+    with FakeTensorMode() as pretend:
+        for part in made.modules():
+            part._parameters = {
+                name: p if p is None else nn.Parameter(pretend.from_tensor(p))
+                for name, p in part._parameters.items()
+            }
+        recompute.apply(made, [mode] * 3)
+        size, _ = held(made, torch.zeros(2, 257, dtype=torch.int64), True)
+    # the triton kernels' positions of documents are 16 bytes of a token's
+    assert abs(size - costs.kept(cfg, at)) <= 0.004 * size + 16 * 512, (size, costs.kept(cfg, at))
 
 
 def test_a_budget_that_holds_nothing_is_told_the_least() -> None:

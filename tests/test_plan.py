@@ -47,7 +47,7 @@ def tracked(model_cfg: ModelConfig, at: Layout, monkeypatch: pytest.MonkeyPatch)
     windows, ranks = passes * at.micro_batch, at.replicate * at.shard
     cfg = Config(
         model=model_cfg,
-        data=DataConfig(seq_len=at.seq_len),
+        data=DataConfig(seq_len=at.seq_len, attend_across_documents=not at.documents),
         train=TrainConfig(
             batch_tokens=Count(windows * ranks * at.seq_len),
             micro_batch=at.micro_batch,
@@ -142,7 +142,8 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
             on_gpu=False,
             accumulate=rng.choice(["sharded", "unsharded", "replica_deferred"]),
             reshard=rng.random() < 0.5,
-            prefetch=rng.choice([1, 2]),
+            prefetch=rng.choice([0, 1, 2]),
+            documents=rng.random() < 0.5,
         )
         if mode == "budget":
             least, most = (costs.kept(model, replace(at, recompute=m)) for m in ("full", "none"))
@@ -179,6 +180,7 @@ def test_memory_of_divided_matrices_and_sequences_is_within_5_percent(
             recompute=mode,
             element_bytes=rng.choice([2, 4]),
             accumulates=rng.random() < 0.5,
+            documents=rng.random() < 0.5,
             on_gpu=False,
         )
         planned, real = costs.needed(model, at), tracked(model, at, monkeypatch)

@@ -35,8 +35,8 @@ def apply(model: Any, group: dist.ProcessGroup, modes: Sequence[str]) -> None:
     ends = rank + 1, 2 * size - rank
     backend: str = model.attention
 
-    def documents(doc_ids: Tensor, T: int) -> tuple[Tensor, ...]:
-        return tuple(document_mask(doc_ids[:, : end * T // 2], T // 2, backend) for end in ends)
+    def documents(ids: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(document_mask(ids[:, : n * T // 2], T // 2, backend, dtype) for n in ends)
 
     rotations = model.rotations
 

@@ -96,6 +96,8 @@ def divide(cfg: Config, processes: int, on_gpu: bool = True) -> Layout:
         T,
         recompute=p.recompute,
         element_bytes=4 if wide else 2,
+        documents=not cfg.data.attend_across_documents,
+        own_attention=cfg.kernels.attention in ("triton", "gluon"),
         on_gpu=on_gpu,
         budget=p.budget or 0,
         accumulate=p.accumulate,

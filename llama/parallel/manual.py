@@ -22,15 +22,19 @@ from torch.autograd import Function
 from kernels.dispatch import function
 from llama.cli import UserError
 from llama.model import Attention, FeedForward, RMSNorm, TransformerBlock
+from llama.parallel import tensor
 from llama.parallel.tensor import Seam, local
 
-STOCK = {
+MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+# by the last part of their names
+STOCK: dict[str, type[nn.Module]] = {
+    "": TransformerBlock,
     "attention": Attention,
     "feed_forward": FeedForward,
     "attention_norm": RMSNorm,
     "ffn_norm": RMSNorm,
-}
-MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+} | dict.fromkeys(MATRICES, nn.Linear)
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
 class Plan(NamedTuple):
@@ -40,41 +44,49 @@ class Plan(NamedTuple):
     `reduce_scatter` sums their parts and divides them; each is the other's backward.
     """
 
-    head_dim: int
-    eps: float
-    attend: Callable[..., Tensor]
+    block: TransformerBlock
     gather: Seam
     reduce_scatter: Seam
 
 
-def apply(block: nn.Module, gather: Seam = lambda x: x, reduce_scatter: Seam = lambda x: x) -> None:
+def apply(block: Any, gather: Seam = lambda x: x, reduce_scatter: Seam = lambda x: x) -> None:
     """Give a block of the model this forward and backward pass, in place.
 
-    Raises `UserError` for any other block: what it computes is written out here.
+    What it computes is written out here: raises `UserError` for any other block, and so does its
+    forward pass once it is changed.
     """
-    children = {name: type(child) for name, child in block.named_children()}
-    if type(block) is not TransformerBlock or children != STOCK:
-        raise UserError(
-            f"parallel.recompute manual knows only the stock block, not {type(block).__name__} of "
-            f"{', '.join(kind.__name__ for kind in children.values())}: use selective"
-        )
-    of = block.attention
-    plan = Plan(of.head_dim, block.attention_norm.eps, of.attend, gather, reduce_scatter)
-    # compiling would look into the backward pass, where attention's own is called
-    run = torch.compiler.disable(partial(_forward, block, block.forward, plan))
-    block.forward = run  # type: ignore[method-assign]
+    _check(dict(block.named_modules()))
+    block.forward = partial(_forward, Plan(block, gather, reduce_scatter), block.forward)
 
 
+def _check(parts: dict[str, nn.Module]) -> None:
+    """Refuse parts of a block, none of which is called, that are not as the model made them."""
+    for path, part in parts.items():
+        kind, given = type(part), vars(part)
+        called = [f for name in HOOKS for f in given[name].values()] if path else []
+        called += [given["forward"]] if "forward" in given else []
+        # those of tensor.py are the seams
+        more = any(getattr(f, "func", f).__module__ != tensor.__name__ for f in called)
+        more |= any(name != "weight" and w is not None for name, w in part._parameters.items())
+        if more or kind is not STOCK.get(path.rpartition(".")[2]):
+            raise UserError(
+                "parallel.recompute manual knows only the stock block, not "
+                f"{kind.__name__} as {path or 'block'}{' with additions' * more}: use selective"
+            )
+
+
+# compiling would look into the backward pass, where attention's own is called
+@torch.compiler.disable
 def _forward(
-    block: TransformerBlock, plain: Callable[..., Tensor], plan: Plan,
+    plan: Plan, plain: Callable[..., Tensor],
     x: Tensor, freqs_cis: Tensor, docs: Tensor | None = None, cache: Any = None,
 ) -> Tensor:  # fmt: skip
-    if cache is not None:
+    if cache is not None or not torch.is_grad_enabled():
         return plain(x, freqs_cis, docs, cache)
-    a, f = block.attention, block.feed_forward
+    block, a, f = plan.block, plan.block.attention, plan.block.feed_forward
+    _check({path: part for path, part in block.named_modules() if path})
     modules = a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3, block.attention_norm, block.ffn_norm
-    weights = (local(module.weight) for module in modules)
-    out: Tensor = _Block.apply(plan, x, freqs_cis, docs, *weights)
+    out: Tensor = _Block.apply(plan, x, freqs_cis, docs, *(local(m.weight) for m in modules))
     return out
 
 
@@ -83,18 +95,20 @@ class _Block(Function):
     def forward(
         ctx: Any, plan: Plan, x: Tensor, table: Tensor, docs: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        wq, wk, wv, wo, w1, w2, w3, norm1, norm2 = weights
-        y = plan.gather(function("rms_norm_forward", x)(x, norm1, plan.eps)[0])
-        q, k, v = (F.linear(y, w).unflatten(-1, (-1, plan.head_dim)) for w in (wq, wk, wv))
+        block, (wq, wk, wv, wo, w1, w2, w3, norm1, norm2) = plan.block, weights
+        y = plan.gather(function("rms_norm_forward", x)(x, norm1, block.attention_norm.eps)[0])
+        q, k, v = (
+            F.linear(y, w).unflatten(-1, (-1, block.attention.head_dim)) for w in (wq, wk, wv)
+        )
         del y
         rope = function("rope_forward", x)
         # attention keeps what its own backward pass needs
         with torch.enable_grad():
             heads = [t.detach().requires_grad_() for t in (rope(q, table), rope(k, table), v)]
-            mixed = plan.attend(heads[0], heads[1], heads[2], docs)
+            mixed = block.attention.attend(heads[0], heads[1], heads[2], docs)
         del q, k, v
         projected = plan.reduce_scatter(F.linear(mixed.detach().flatten(2), wo))
-        z, h, _ = function("add_rms_norm_forward", x)(projected, x, norm2, plan.eps)
+        z, h, _ = function("add_rms_norm_forward", x)(projected, x, norm2, block.ffn_norm.eps)
         z = plan.gather(z)
         gate, up = F.linear(z, w1), F.linear(z, w3)
         del z
@@ -106,8 +120,9 @@ class _Block(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, heads, mixed = ctx.plan, ctx.heads, ctx.mixed
+        # first, as it says what is wrong where all are gone
         x, table, h, gate, up, wq, wk, wv, wo, w1, w2, w3, norm1, norm2 = ctx.saved_tensors
+        plan, heads, mixed = ctx.plan, ctx.heads, ctx.mixed
         # from here on each goes as soon as it is not needed, unless backward is to run again
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         ctx.maybe_clear_saved_tensors()
@@ -123,7 +138,7 @@ class _Block(Function):
         # the feed-forward half
         whole = plan.gather(grad)
         to_gate, to_up, product = function("swiglu_backward_with_product", x)(whole @ w2, gate, up)
-        z, scale = norm(h, norm2, plan.eps)
+        z, scale = norm(h, norm2, plan.block.ffn_norm.eps)
         z = plan.gather(z)
         of_feed_forward = of("w1", to_gate, z), of("w2", whole, product), of("w3", to_up, z)
         del z, product, whole, gate, up
@@ -142,7 +157,7 @@ class _Block(Function):
         del whole, to_mixed, mixed, heads
         back = function("rope_backward", x)
         to_q, to_k, to_v = (t.flatten(2) for t in (back(to_q, table), back(to_k, table), to_v))
-        y, scale = norm(x, norm1, plan.eps)
+        y, scale = norm(x, norm1, plan.block.attention_norm.eps)
         y = plan.gather(y)
         of_attention = of("wq", to_q, y), of("wk", to_k, y), of("wv", to_v, y)
         del y

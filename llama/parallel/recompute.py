@@ -8,8 +8,8 @@ budget      full, manual and none, block by block, so that what is kept fits a n
             (`llama.costs.modes` chooses)
 """
 
-import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +35,15 @@ def apply(model: Any, modes: Sequence[str], *seams: Seam) -> None:
 
     `seams` are those of tensor.py where a sequence is divided.
     """
-    again = functools.partial(checkpoint, use_reentrant=False)
-    contexts = functools.partial(create_selective_checkpoint_contexts, DEAR)
-    wrappers = {"full": again, "selective": functools.partial(again, context_fn=contexts)}
+    full = partial(checkpoint, use_reentrant=False)
+    selective = partial(full, context_fn=partial(create_selective_checkpoint_contexts, DEAR))
     for block, mode in zip(model.layers, modes, strict=True):
         if mode == "manual":
             manual.apply(block, *seams)
         elif mode != "none":
-            block.forward = functools.partial(wrappers[mode], block.forward)
+            block.forward = partial(_wrapped, full if mode == "full" else selective, block.forward)
+
+
+def _wrapped(wrapper: Any, forward: Any, *given: Any) -> Any:
+    # torch.compile takes a frame of ours to begin with: it passes over checkpoint's own
+    return wrapper(forward, *given)
