@@ -224,8 +224,8 @@ def mask(at: Layout) -> int:
 
 
 def kept_by_inputs(cfg: ModelConfig, at: Layout) -> int:
-    """Bytes of token ids, documents and their mask, and of RoPE's table, there until the last block's
-    backward pass."""
+    """Bytes of token ids, documents, their mask and RoPE's table, which the last block's backward
+    pass ends."""
     table = 4 * cfg.head_dim * 2 ** math.ceil(math.log2(at.seq_len))
     return table + (4 + 8 + 8 * at.documents) * at.tokens + mask(at)
 
