@@ -317,6 +317,10 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
     stay, arrives = e * copies * (root + (not at.reshard) * L * block), travels * e * block
     # where blocks stay, only the first micro-batch gathers any, and no gradients are there then
     before = 0 if at.reshard or not at.accumulates else there or 4 * share
+    # the root's buffer goes when the first block has been copied out of its own
+    held = e * copies * (root + block) + travels * e * (root + min(L, max(1, at.prefetch)) * block)
+    held = max(e * copies * (root + block), held - before)
+    phase("first block, forward pass", there, kept[0], held, e * d * tokens // t)
     if not at.reshard:
         # the buffers of the last block and of the one before, which goes when this one is copied
         held = stay + max(0, 2 * arrives - before)

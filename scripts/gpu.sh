@@ -16,6 +16,7 @@ run() {
 
 failed=0
 run 90 benchmarks.ops
+run 60 benchmarks.recompute
 run 190 benchmarks.train_gpu --steps 3
 run 130 benchmarks.train_gpu --config configs/llama_7b.yaml --micro_batch 2 --accumulate 16 \
     --steps 2 --who ours
