@@ -16,7 +16,7 @@ FILES = [
     *sorted((ROOT / "llama/runtime").glob("*.py")),
     *sorted((ROOT / "llama/parallel").glob("*.py")),
 ]
-MORE_FILES = [ROOT / "llama/data/shards.py", ROOT / "llama/cli.py"]
+MORE_FILES = [ROOT / f"llama/{name}.py" for name in ("data/shards", "cli", "files")]
 # What the functions are called by which a process tells why it ends.
 TELLING = {"signals.end", "end"}
 

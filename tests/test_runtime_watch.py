@@ -55,7 +55,7 @@ def test_a_run_that_is_over_leaves_no_thread_of_gloo(place: Path) -> None:
     # a group that is still held aborts the end of the interpreter, once in some hundred runs
     after = (
         "import pathlib, sys, train; made, here = [], train.world.World\n"
-        "train.world.World = lambda **kept: made.append(here(**kept)) or made[0]\n"
+        "train.world.World = lambda *told: made.append(here(*told)) or made[0]\n"
         "code = train.main(sys.argv[1:])\n"
         "names = [p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
         "assert made and not [name for name in names if 'gloo' in name], names\n"
