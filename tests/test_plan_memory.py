@@ -136,7 +136,7 @@ def test_memory_is_within_5_percent_of_torchs_tracker(
         heads = rng.choice([2, 4, 8])
         model = ModelConfig(
             dim=heads * rng.choice([16, 32, 64]),
-            n_layers=rng.randrange(1, 8),
+            n_layers=rng.randrange(3, 9),
             n_heads=heads,
             n_kv_heads=rng.choice([None, 1, 2]),
             vocab_size=rng.choice([320, 1000, 8000]),
