@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from unittest.mock import Mock
 
 import pytest
 import torch
 from test_repo import ROOT
 
-from benchmarks import harness, ops, train_gpu
+from benchmarks import harness, ops, recompute, train_gpu
 from llama.cli import UserError
 from llama.config import Config, Count, DataConfig, ModelConfig, TrainConfig
 from llama.parallel import layout
@@ -33,8 +34,10 @@ def test_one_command_runs_them_all_within_ten_minutes(monkeypatch: pytest.Monkey
     ).stdout.splitlines()
     asked = [line.split()[1:] for line in lines if line.startswith("-m ") and "--save" in line]
     assert [name for name, *_ in asked] == [f"benchmarks.{x}" for x in (
-        "ops", "train_gpu", "train_gpu", "attention")]  # fmt: skip
+        "ops", "recompute", "train_gpu", "train_gpu", "attention")]  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # this one runs on CPUs too
+    monkeypatch.setattr(recompute, "measure", Mock(side_effect=UserError("needs a CUDA GPU")))
     for name, *options in asked:
         # every option is known
         with pytest.raises(UserError, match="needs a CUDA GPU"):
