@@ -94,7 +94,9 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, float]]:
     shape, where = SHAPES[name], torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, cfg = shape.tokens().to(where), shape.model
     twice = replace(cfg, n_layers=2 * cfg.n_layers)
-    at = Layout(shape.seq_len, shape.batch, element_bytes=2 if where.type == "cuda" else 4)
+    on_gpu = where.type == "cuda"
+    size = 2 if on_gpu else 4
+    at = Layout(shape.seq_len, shape.batch, element_bytes=size, own_attention=on_gpu)
     budget = int(BUDGET * costs.kept(cfg, at))
     ways = {mode: costs.modes(cfg, replace(at, recompute=mode)) for mode in MODES}
     ways["budget"] = costs.modes(cfg, replace(at, recompute="budget", budget=budget))

@@ -199,6 +199,7 @@ def test_memory_of_divided_matrices_and_sequences_is_within_5_percent(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("mode", layouts.MODES)
 @pytest.mark.parametrize("element_bytes", [2, 4])
 def test_memory_is_within_5_percent_of_what_a_gpu_allocates(
