@@ -296,7 +296,9 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         logits = max(V * max(wide * rows, wide * after + e * rows), e * (V * rows + product * d))
     # unsharded gradients wait for the last micro-batch whole, in float32
     waits = copies and at.accumulates and at.accumulate == "unsharded"
-    fresh = e * (not waits or e < 4)
+    # a plain module sums its gradients as they come, and so do those that wait in float32
+    at_once = waits or (at.accumulates and not copies)
+    fresh = e * (not at_once or e < 4)
     # FSDP gives up what it sums over replicas at the end of the pass, unless gradients are in it
     summed = at.accumulates and at.replicate > 1 and at.accumulate == "sharded"
     found = {}
@@ -346,13 +348,13 @@ def memory(cfg: ModelConfig, at: Layout) -> dict[str, dict[str, int]]:
         phase(name, done + waiting + waits * 4 * block, kept[i], held, working)
         # gradients when they are put together, or what they sum to. Weights of one process are
         # not given up before, nor at all those that stay for another pass
-        fresh_block = e * (not waits) * block + (n == 1) * e * copies * block * (not stays)
+        fresh_block = e * (not at_once) * block + (n == 1) * e * copies * block * (not stays)
         held = ahead + e * copies * stays * block + output + 4 * copies * block
         reduced = max(fresh_block, 4 * copies * block_share) + fresh * head + e * tokens * d // t
         phase(f"block {i + 1}, reduction", done + waiting, kept[i], held, reduced)
     held = copies * (4 * root + e * stays * (root + L * block)) + 4 * L * block_share * summed
     # the root's gradients when they are put together, or what they sum to, with the head's
-    reduced = max(e * (not waits) * root, copies * (4 * root_share + fresh * head))
+    reduced = max(e * (not at_once) * root, copies * (4 * root_share + fresh * head))
     phase("end of the backward pass", 4 * (L * block_share + waits * root), 0, held, reduced)
     phase("update", 4 * share, 0, 0, 0)
     return found
